@@ -1,0 +1,1 @@
+"""Every equation numbered, every value proven, every implementation checkable."""

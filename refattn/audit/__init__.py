@@ -1,0 +1,1 @@
+"""Subjects under audit, their adapters, verdicts and reports."""

@@ -1,0 +1,1 @@
+"""The commands: thin text over the rooms that do the work."""

@@ -1,0 +1,1 @@
+"""Case families, certified packs, exports."""
