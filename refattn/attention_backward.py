@@ -1,0 +1,160 @@
+"""Gradients of attention under any combination of options, every stage read back in turn."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Unpack
+
+import numpy as np
+
+from refattn.arrays import Array, narrow, widen
+from refattn.attention import (
+    linear_bias,
+    multiply_readable,
+    pair_distances,
+    scaled_logits,
+    weigh,
+)
+from refattn.checks import check_floats, check_shapes
+from refattn.dropout import drop_weights
+from refattn.grouped import sum_heads
+from refattn.options import AttentionOptions, Problem, resolve
+
+
+class AttentionGradients(NamedTuple):
+    """Gradients of a scalar loss in the order of the inputs; None where an input was absent."""
+
+    d_query: Array
+    d_key: Array
+    d_value: Array
+    d_bias: Array | None
+    d_slopes: Array | None
+    d_sinks: Array | None
+
+
+@np.errstate(all="ignore")
+def attention_backward(
+    d_output: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    d_logsumexp: Array | None = None,
+    **options: Unpack[AttentionOptions],
+) -> AttentionGradients:
+    """Return the gradients of a loss that reads the output and the logsumexp.
+
+    Spec: OWN-BACKWARD1, FA1-ALG3, OWN-GQA1, OWN-SINK1, OWN-EMPTY1, OWN-DROPOUT1, OWN-POISON1.
+
+        dV = P_droppedᵀ dO,  dP = (dO Vᵀ) ∘ keep / keep_probability
+        D_i = Σ_j P_ij dP_ij,  dS = P ∘ (dP - D + dL),  d_sink = Σ_i P_sink (dL - D)_i
+        dQ = scale · dS_raw K,  dK = scale · dS_rawᵀ Q,  dS_raw = dS ∘ softcap′
+
+    Args:
+        d_output: dO, (..., h, n_q, d_v).
+        query: Q, (..., h, n_q, d_k).
+        key: K, (..., h_k, n_k, d_k).
+        value: V, (..., h_k, n_k, d_v).
+        d_logsumexp: dL, (..., h, n_q); None = the loss does not read the logsumexp.
+        **options: as in the forward call.
+
+    Returns:
+        d_query, d_key, d_value: shapes and dtypes of query, key and value.
+        d_bias: shape of bias, summed over its broadcast axes.
+        d_slopes, d_sinks: (h,).
+
+    Raises:
+        ShapeError, DtypeError, OptionError, MemoryLimitError: as `attention`.
+    """
+    problem = resolve("attention_backward", query, key, value, options)
+    _check_cotangents(d_output, query, value, d_logsumexp)
+    xp, head_map = problem.xp, problem.options["head_map"]
+    dO = widen(d_output)
+    P, L = weigh(problem)
+    dropped = drop_weights(P, problem.options.get("keep"), problem.options["keep_probability"])
+    dV = multiply_readable(problem, dropped, dO, over="query")
+    dS, D_minus_dL = _softmax_backward(problem, P, dO, d_logsumexp)
+    dX, d_added = _logits_backward(problem, dS)
+    dQ = multiply_readable(problem, dX, problem.K) * problem.scale
+    dK = multiply_readable(problem, dX, problem.Q, over="query") * problem.scale
+    d_slopes = d_sinks = d_bias = None
+    if problem.bias is not None:
+        d_bias = narrow(_sum_to(d_added, problem.bias.shape, xp), query)
+    if problem.slopes is not None:
+        d_slopes = narrow(_sum_to_heads(d_added * pair_distances(problem), 2, xp), query)
+    if problem.sinks is not None:
+        P_sink = xp.exp(problem.sinks[:, None] - L)
+        d_sinks = narrow(_sum_to_heads(-P_sink * D_minus_dL, 1, xp), query)
+    return AttentionGradients(
+        narrow(dQ, query),
+        narrow(sum_heads(dK, problem.group, head_map=head_map), key),
+        narrow(sum_heads(dV, problem.group, head_map=head_map), value),
+        d_bias,
+        d_slopes,
+        d_sinks,
+    )
+
+
+def _check_cotangents(
+    d_output: Array, query: Array, value: Array, d_logsumexp: Array | None
+) -> None:
+    lead = " ".join(str(n) for n in query.shape[:-1])
+    check_shapes(
+        "attention_backward",
+        d_output=(d_output, f"{lead} {value.shape[-1]}"),
+        d_logsumexp=(d_logsumexp, lead),
+    )
+    check_floats("attention_backward", query=query, d_output=d_output)
+
+
+def _softmax_backward(
+    problem: Problem, P: Array, dO: Array, d_logsumexp: Array | None
+) -> tuple[Array, Array]:
+    """Return dS and D - dL; where P was a constant, a filled row, dS is zero."""
+    xp, options = problem.xp, problem.options
+    dP = xp.matmul(dO, xp.matrix_transpose(problem.V))
+    if options["masked"] == "select":
+        dP = xp.where(problem.readable, dP, xp.zeros_like(dP))
+    dP = drop_weights(dP, options.get("keep"), options["keep_probability"])
+    D = xp.sum(P * dP, axis=-1)
+    if d_logsumexp is not None:
+        D = D - widen(d_logsumexp)
+    dS = P * (dP - D[..., None])
+    if options["empty_row"] == "uniform" and problem.sinks is None:
+        empty = ~xp.any(problem.allowed, axis=-1, keepdims=True)
+        dS = xp.where(empty, xp.zeros_like(dS), dS)
+    return dS, D
+
+
+def _logits_backward(problem: Problem, dS: Array) -> tuple[Array, Array]:
+    """Return the gradients with respect to scale · Q Kᵀ and to what is added to it."""
+    xp, c = problem.xp, problem.options.get("softcap")
+    if c is None:
+        return dS, dS
+    X = scaled_logits(problem)
+    after = problem.options["softcap_order"] == "after_bias"
+    added = linear_bias(problem)
+    if after and added is not None:
+        X = X + added
+    # forward was S = c·tanh(X/c), so now dX = dS (1 - tanh²(X/c))
+    slope = 1.0 - xp.tanh(X / c) ** 2
+    dX = dS * slope
+    if problem.options["masked"] == "select":
+        dX = xp.where(problem.readable, dX, xp.zeros_like(dX))
+    return dX, (dX if after else dS)
+
+
+def _sum_to(array: Array, shape: tuple[int, ...], xp: object) -> Array:
+    """Sum over the axes along which an array of that shape was broadcast."""
+    extra = array.ndim - len(shape)
+    axes = tuple(range(extra)) + tuple(
+        extra + a for a, n in enumerate(shape) if n == 1 and array.shape[extra + a] != 1
+    )
+    summed = xp.sum(array, axis=axes, keepdims=True) if axes else array  # type: ignore[attr-defined]
+    return xp.reshape(summed, shape)  # type: ignore[attr-defined]
+
+
+def _sum_to_heads(array: Array, trailing: int, xp: object) -> Array:
+    """Sum over all axes but the head axis, which stands `trailing` axes before the end."""
+    head = array.ndim - trailing - 1
+    axes = tuple(a for a in range(array.ndim) if a != head)
+    return xp.sum(array, axis=axes)  # type: ignore[attr-defined]

@@ -1,0 +1,315 @@
+"""The options of attention: one list of them, their defaults, and what they refuse.
+
+Every function of `attention.py` takes the same options; `AttentionOptions` is their only list.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from refattn.alibi import DISTANCES
+from refattn.arrays import Array, array_namespace, dtype_name, widen
+from refattn.checks import (
+    DtypeError,
+    MemoryLimitError,
+    OptionError,
+    ShapeError,
+    check_finite,
+    check_floats,
+    check_option,
+    check_positive,
+    check_shapes,
+    describe,
+)
+from refattn.grouped import HEAD_MAPS, expand_heads, group_size
+from refattn.masks import allowed_pairs, check_lengths, check_window, position_offset
+from refattn.softmax import EMPTY_ROWS
+
+SOFTCAP_ORDERS = ("before_bias", "after_bias")
+"""Whether the softcap acts on the scaled product or on the sum with bias and ALiBi."""
+
+MASKED = ("select", "add")
+"""Whether a forbidden cell is never read, or read and sunk by -∞ (OWN-POISON1)."""
+
+MATRICES = 4
+"""How many n_q x n_k matrices are alive at once in the reference; for the memory refusal."""
+
+
+class AttentionOptions(TypedDict, total=False):
+    """What attention may be told beside query, key and value; every entry is optional.
+
+    Spec: OWN-SCALE1, OWN-MASK1, OWN-BIAS1, OWN-CAUSAL1, OWN-WINDOW1, OWN-SOFTCAP1, OWN-ALIBI1,
+        OWN-SINK1, OWN-LENGTH1, OWN-GQA1, OWN-EMPTY1, OWN-POISON1, OWN-DROPOUT1, OWN-ROUND2.
+    """
+
+    scale: float | None
+    """Factor on Q Kᵀ; 1/√d_k if None."""
+    mask: Array | None
+    """Bool, broadcastable to (..., h, n_q, n_k); True = attend."""
+    bias: Array | None
+    """Logits, likewise, added before the softmax; a cell of -∞ is forbidden."""
+    causal: bool
+    """Forbid keys ahead of the query's position. Default False."""
+    alignment: str | int | Sequence[int] | Array
+    """Position of query row 0: "top_left" (default), "bottom_right", tokens, or one an item."""
+    window: Sequence[int | None] | None
+    """(left, right), tokens, both ends inclusive, None = unbounded."""
+    softcap: float | None
+    """c in c·tanh(S/c), logits."""
+    softcap_order: str
+    """"before_bias" (default) or "after_bias"."""
+    slopes: Array | None
+    """m, (h,), logits a token: ALiBi."""
+    distance: str
+    """"absolute" (default), "signed" or "column"."""
+    sinks: Array | None
+    """(h,), logits that join the denominator only."""
+    query_lengths: Array | None
+    """(b,), integers: query rows beyond are empty."""
+    key_lengths: Array | None
+    """(b,), integers: key rows beyond are forbidden."""
+    head_map: str
+    """"interleave" (default) or "tile": which key-value head a query head reads."""
+    empty_row: str
+    """"zero" (default), "nan" or "uniform": a row without an allowed key."""
+    masked: str
+    """"select" (default) or "add": whether a forbidden cell is read."""
+    keep: Array | None
+    """Bool, (..., h, n_q, n_k): dropout's keep mask."""
+    keep_probability: float
+    """The weights kept are divided by it. Default 1."""
+    round_weights: bool
+    """Round P to the dtype of query before it meets V. Default False."""
+
+
+DEFAULTS: dict[str, Any] = {
+    "causal": False,
+    "alignment": "top_left",
+    "softcap_order": "before_bias",
+    "distance": "absolute",
+    "head_map": "interleave",
+    "empty_row": "zero",
+    "masked": "select",
+    "keep_probability": 1.0,
+    "round_weights": False,
+}
+"""Defaults of the options that have one; every other option is off."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Arguments of one attention after their contract: widened, expanded, checked."""
+
+    xp: Any
+    Q: Array
+    K: Array
+    V: Array
+    scale: float
+    group: int
+    offset: Any
+    allowed: Array
+    readable: Array
+    """Cells whose key and value are read: the allowed ones, and all of a row that is filled."""
+    bias: Array | None
+    slopes: Array | None
+    sinks: Array | None
+    options: dict[str, Any]
+
+
+def default_scale(d_k: int) -> float:
+    """Return 1/√d_k.
+
+    Spec: OWN-SCALE1, VAS-EQ1.
+    """
+    return 1.0 / math.sqrt(d_k)
+
+
+def resolve(
+    function: str, query: Array, key: Array, value: Array, given: AttentionOptions
+) -> Problem:
+    """Check the arguments of an attention and bring them into one form.
+
+    Spec: OWN-ROUND1, OWN-GQA1, OWN-MASK1, OWN-POISON1.
+
+    Raises:
+        ShapeError, DtypeError, OptionError, MemoryLimitError: an argument is refused.
+    """
+    options = _with_defaults(function, given)
+    sizes = _check_arrays(function, query, key, value, options)
+    _check_values(function, query, options, sizes)
+    _check_memory(function, query, sizes)
+    xp = array_namespace(query)
+    n_q, n_k = sizes["n_q"], sizes["n_k"]
+    lengths = {name: options.get(name) for name in ("query_lengths", "key_lengths")}
+    offset = position_offset(function, n_q, n_k, alignment=options["alignment"], **lengths, xp=xp)
+    bias = options.get("bias")
+    bias = None if bias is None else widen(bias)
+    allowed = allowed_pairs(
+        n_q,
+        n_k,
+        causal=options["causal"],
+        window=options.get("window"),
+        mask=options.get("mask"),
+        bias=bias,
+        **lengths,
+        offset=offset,
+        xp=xp,
+    )
+    allowed = xp.broadcast_to(allowed, (*query.shape[:-2], n_q, n_k))
+    group = group_size(function, query, key)
+    K, V = (expand_heads(widen(a), group, head_map=options["head_map"]) for a in (key, value))
+    scale = options.get("scale")
+    return Problem(
+        xp=xp,
+        Q=widen(query),
+        K=K,
+        V=V,
+        scale=default_scale(sizes["d_k"]) if scale is None else float(scale),
+        group=group,
+        offset=offset,
+        allowed=allowed,
+        readable=_readable(allowed, options, xp),
+        bias=bias,
+        slopes=None if options.get("slopes") is None else widen(options["slopes"]),
+        sinks=None if options.get("sinks") is None else widen(options["sinks"]),
+        options=options,
+    )
+
+
+def _with_defaults(function: str, given: AttentionOptions) -> dict[str, Any]:
+    unknown = sorted(set(given) - set(AttentionOptions.__annotations__))
+    if unknown:
+        raise OptionError(
+            f"{unknown[0]} is no option of attention, but it must be one of "
+            f"{', '.join(AttentionOptions.__annotations__)} [{function}]"
+        )
+    return DEFAULTS | dict(given)
+
+
+def _check_arrays(
+    function: str, query: Array, key: Array, value: Array, options: dict[str, Any]
+) -> dict[str, int]:
+    sizes = check_shapes(
+        function,
+        query=(query, "... n_q d_k"),
+        key=(key, "... n_k d_k"),
+        value=(value, "... n_k d_v"),
+    )
+    shown = {"query": query, "key": key, "value": value}
+    if query.ndim != key.ndim or key.ndim != value.ndim or key.shape[:-1] != value.shape[:-1]:
+        raise ShapeError(
+            f"value has leading axes {tuple(value.shape[:-1])}, but key has "
+            f"{tuple(key.shape[:-1])} and query has {query.ndim} axes; they must be equal "
+            f"{describe(function, shown)}"
+        )
+    if query.shape[:-3] != key.shape[:-3]:
+        raise ShapeError(
+            f"key has batch axes {tuple(key.shape[:-3])}, but query has "
+            f"{tuple(query.shape[:-3])}; they must be equal {describe(function, shown)}"
+        )
+    for letter in ("n_k", "d_k"):
+        if sizes[letter] == 0:
+            raise ShapeError(
+                f"key has {letter}=0, but it must be at least 1 {describe(function, shown)}"
+            )
+    floats = {name: options.get(name) for name in ("bias", "slopes", "sinks")}
+    check_floats(function, query=query, key=key, value=value, **floats)
+    return sizes
+
+
+def _check_values(
+    function: str, query: Array, options: dict[str, Any], sizes: dict[str, int]
+) -> None:
+    check_finite(function, scale=options.get("scale"))
+    check_positive(
+        function, softcap=options.get("softcap"), keep_probability=options["keep_probability"]
+    )
+    check_option(function, "softcap_order", options["softcap_order"], SOFTCAP_ORDERS)
+    check_option(function, "distance", options["distance"], DISTANCES)
+    check_option(function, "head_map", options["head_map"], HEAD_MAPS)
+    check_option(function, "empty_row", options["empty_row"], EMPTY_ROWS)
+    check_option(function, "masked", options["masked"], MASKED)
+    check_window(function, options.get("window"))
+    keep, chance = options.get("keep"), options["keep_probability"]
+    if chance > 1 or (keep is None and chance != 1):
+        raise OptionError(
+            f"keep_probability is {chance}, but it must be at most 1, and 1 without keep "
+            f"[{function}]"
+        )
+    logits = (*query.shape[:-2], sizes["n_q"], sizes["n_k"])
+    for name in ("mask", "bias", "keep"):
+        _check_broadcast(function, name, options.get(name), logits)
+    heads = query.shape[-3] if query.ndim > 2 else None
+    for name in ("slopes", "sinks"):
+        array = options.get(name)
+        if array is not None and tuple(array.shape) != (heads,):
+            raise ShapeError(
+                f"{name} has shape {tuple(array.shape)}, but query has {heads} heads; "
+                f"they must be equal {describe(function, {'query': query, name: array})}"
+            )
+    _check_items(function, query, options, sizes)
+
+
+def _check_items(
+    function: str, query: Array, options: dict[str, Any], sizes: dict[str, int]
+) -> None:
+    xp = array_namespace(query)
+    alignment = options["alignment"]
+    by_item = not isinstance(alignment, (str, int))
+    lengths = {"query_lengths": sizes["n_q"], "key_lengths": sizes["n_k"]}
+    if query.ndim != 4 and (by_item or any(options.get(name) is not None for name in lengths)):
+        raise ShapeError(
+            f"query has {query.ndim} axes, but a length or an alignment a batch item needs "
+            f"(b, h, n, d) {describe(function, {'query': query})}"
+        )
+    for name, n in lengths.items():
+        check_lengths(function, name, options.get(name), query.shape[0], n, xp)
+    if by_item and len(alignment) != query.shape[0]:
+        raise ShapeError(
+            f"alignment has {len(alignment)} offsets, but the batch has {query.shape[0]} items; "
+            f"they must be equal {describe(function, {'query': query})}"
+        )
+
+
+def _check_broadcast(
+    function: str, name: str, array: Array | None, target: tuple[int, ...]
+) -> None:
+    if array is None:
+        return
+    if name != "bias" and dtype_name(array) not in ("bool", "bool_"):
+        raise DtypeError(
+            f"{name} has dtype {array.dtype}, but it must be bool, True = "
+            f"{'attend' if name == 'mask' else 'keep'} [{function}]"
+        )
+    shape = tuple(array.shape)
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    if len(shape) > len(target) or any(a not in (1, t) for a, t in pairs):
+        raise ShapeError(
+            f"{name} has shape {shape}, but the logits have shape {target}; the first must "
+            f"broadcast to the second [{function}]"
+        )
+
+
+def _check_memory(function: str, query: Array, sizes: dict[str, int]) -> None:
+    """Refuse a materialised n_q x n_k problem that does not fit (OWN-MEMORY1)."""
+    import psutil
+
+    itemsize = 8 if dtype_name(query) == "float64" else 4
+    shape = (*query.shape[:-2], sizes["n_q"], sizes["n_k"])
+    needed = MATRICES * itemsize * math.prod(shape)
+    if needed > 2**28:  # below this, asking the system costs more than it can save
+        free = psutil.virtual_memory().available
+        if needed > free:
+            raise MemoryLimitError(
+                f"{MATRICES} matrices of shape {shape} need {needed / 2**30:.1f} GiB, but "
+                f"{free / 2**30:.1f} GiB are free; a tiled form needs no such matrix [{function}]"
+            )
+
+
+def _readable(allowed: Array, options: dict[str, Any], xp: Any) -> Array:
+    if options["empty_row"] == "zero" or options.get("sinks") is not None:
+        return allowed
+    return allowed | ~xp.any(allowed, axis=-1, keepdims=True)

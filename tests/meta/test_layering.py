@@ -1,0 +1,109 @@
+"""Imports run one way: the house stands because no floor leans on the one above it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import refattn
+
+PACKAGE = Path(refattn.__file__).parent
+
+FLOORS = (
+    {"errors"},
+    {"arrays", "checks", "spec_text"},
+    {"rules"},
+    {"clause files"},
+    {"backends", "bounds", "judge", "certify", "dialects"},
+    {"vectors"},
+    {"audit", "check"},
+    {"cli"},
+)
+"""Rooms by floor, lowest first; a module imports from its own floor or from lower ones."""
+
+ROOMS = frozenset().union(*FLOORS) - {"clause files"}
+"""Every room with a name of its own; any other module of the package is a clause file."""
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _dotted(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _room(dotted: str) -> str:
+    """Return the room of a module of refattn: `vectors` for `refattn.vectors.pack`."""
+    first = dotted.split(".")[1]
+    return first if first in ROOMS else "clause files"
+
+
+def _floor(dotted: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if _room(dotted) in rooms)
+
+
+def imported(source: str, module: str, package: bool = False) -> set[str]:
+    """Return the dotted names a module imports, at its top or inside a function."""
+    home = module.split(".") if package else module.split(".")[:-1]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = home[: len(home) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{stem}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _imports(path: Path) -> set[str]:
+    return imported(path.read_text("utf-8"), _dotted(path), path.name == "__init__.py")
+
+
+def _ours(path: Path) -> set[str]:
+    """Return the names of refattn that a module imports, but not the bare package."""
+    return {name for name in _imports(path) if name.startswith("refattn.")}
+
+
+def _ids(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def test_imports_of_a_module_are_all_found() -> None:
+    source = "import refattn.a\nfrom refattn import b\nfrom . import c\nfrom ..d import e\n"
+    inside = "def f():\n    from refattn.g import h\n"
+    found = imported(source + inside, "refattn.room.module")
+    assert found == {"refattn.a", "refattn.b", "refattn.room.c", "refattn.d.e", "refattn.g.h"}
+
+
+def test_the_package_was_found() -> None:
+    assert {"attention.py", "cli/__init__.py", "certify/__init__.py"} <= set(map(_ids, MODULES))
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "certify").rglob("*.py")), ids=_ids)
+def test_certify_imports_nothing_of_the_reference(path: Path) -> None:
+    assert {n for n in _ours(path) if not n.startswith("refattn.certify")} == set()
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p != PACKAGE / "__init__.py"], ids=_ids)
+def test_a_module_leans_on_no_higher_floor(path: Path) -> None:
+    dotted = _dotted(path)
+    higher = {name for name in _ours(path) if _floor(name) > _floor(dotted)}
+    assert higher == set(), f"{dotted} imports from a floor above its own"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_ids)
+def test_the_gpu_package_is_imported_by_name_in_one_place(path: Path) -> None:
+    assert not any(name.split(".")[0] == "refattn_gpu" for name in _imports(path))
+    if _dotted(path) != "refattn.backends":
+        assert "refattn_gpu" not in path.read_text("utf-8")
+
+
+def test_rules_import_only_math() -> None:
+    path = PACKAGE / "rules.py"
+    if not path.exists():
+        pytest.skip("no scalar rules yet")
+    assert {name.split(".")[0] for name in _imports(path)} <= {"math", "__future__"}
