@@ -89,5 +89,5 @@ def cached_attention(
         )
     past = 0 if cache is None else cache.key.shape[-2]
     grown = extend(cache, key, value)
-    result = attention(query, grown.key, grown.value, **options, alignment=past)
-    return CachedResult(result, grown)
+    options["alignment"] = past
+    return CachedResult(attention(query, grown.key, grown.value, **options), grown)

@@ -140,11 +140,12 @@ def resolve(
     options = _with_defaults(function, given)
     sizes = _check_arrays(function, query, key, value, options)
     _check_values(function, query, options, sizes)
-    _check_memory(function, query, sizes)
     xp = array_namespace(query)
     n_q, n_k = sizes["n_q"], sizes["n_k"]
     lengths = {name: options.get(name) for name in ("query_lengths", "key_lengths")}
     offset = position_offset(function, n_q, n_k, alignment=options["alignment"], **lengths, xp=xp)
+    _check_offset(function, query, offset)
+    _check_memory(function, query, sizes)
     bias = options.get("bias")
     bias = None if bias is None else widen(bias)
     allowed = allowed_pairs(
@@ -250,27 +251,35 @@ def _check_values(
                 f"{name} has shape {tuple(array.shape)}, but query has {heads} heads; "
                 f"they must be equal {describe(function, {'query': query, name: array})}"
             )
-    _check_items(function, query, options, sizes)
+    _check_lengths(function, query, options, sizes)
 
 
-def _check_items(
+def _check_lengths(
     function: str, query: Array, options: dict[str, Any], sizes: dict[str, int]
 ) -> None:
-    xp = array_namespace(query)
-    alignment = options["alignment"]
-    by_item = not isinstance(alignment, (str, int))
-    lengths = {"query_lengths": sizes["n_q"], "key_lengths": sizes["n_k"]}
-    if query.ndim != 4 and (by_item or any(options.get(name) is not None for name in lengths)):
+    for name, n in (("query_lengths", sizes["n_q"]), ("key_lengths", sizes["n_k"])):
+        if options.get(name) is not None:
+            _check_batched(function, name, query)
+            xp = array_namespace(query)
+            check_lengths(function, name, options[name], query.shape[0], n, xp)
+
+
+def _check_offset(function: str, query: Array, offset: Any) -> None:
+    if isinstance(offset, int):
+        return
+    _check_batched(function, "alignment", query)
+    if offset.shape[0] != query.shape[0]:
         raise ShapeError(
-            f"query has {query.ndim} axes, but a length or an alignment a batch item needs "
-            f"(b, h, n, d) {describe(function, {'query': query})}"
-        )
-    for name, n in lengths.items():
-        check_lengths(function, name, options.get(name), query.shape[0], n, xp)
-    if by_item and len(alignment) != query.shape[0]:
-        raise ShapeError(
-            f"alignment has {len(alignment)} offsets, but the batch has {query.shape[0]} items; "
+            f"alignment has {offset.shape[0]} offsets, but the batch has {query.shape[0]} items; "
             f"they must be equal {describe(function, {'query': query})}"
+        )
+
+
+def _check_batched(function: str, name: str, query: Array) -> None:
+    if query.ndim != 4:
+        raise ShapeError(
+            f"query has {query.ndim} axes, but {name} by batch item needs the 4 of (b, h, n, d) "
+            f"{describe(function, {'query': query})}"
         )
 
 
