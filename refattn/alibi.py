@@ -91,7 +91,9 @@ def alibi_slopes(heads: int, *, slope_rule: str = "authors", xp: Any = np) -> Ar
     return xp.asarray(slopes, dtype=xp.float64)
 
 
-def distances(n_q: int, n_k: int, offset: int | Array, form: str, xp: Any) -> Array:
+def distances(
+    n_q: int, n_k: int, *, offset: int | Array = 0, distance: str = "absolute", xp: Any = np
+) -> Array:
     """Return what a slope multiplies, for every query and key.
 
     Spec: ALIBI-S3a, OWN-ALIBI1.
@@ -102,18 +104,19 @@ def distances(n_q: int, n_k: int, offset: int | Array, form: str, xp: Any) -> Ar
         n_q: number of queries.
         n_k: number of keys.
         offset: position of query 0, tokens: an integer, or (b, 1, 1, 1), one a batch item.
-        form: one of `DISTANCES`.
+        distance: one of `DISTANCES`.
         xp: the array library of the result.
 
     Returns:
         D, int64, tokens: (n_q, n_k), or (b, 1, n_q, n_k) for offsets of a batch.
     """
     relative = relative_positions(n_q, n_k, offset=offset, xp=xp)
-    if form == "column":
+    if distance == "column":
         return xp.broadcast_to(xp.arange(n_k, dtype=xp.int64), relative.shape)
-    return -xp.abs(relative) if form == "absolute" else relative
+    return -xp.abs(relative) if distance == "absolute" else relative
 
 
+@np.errstate(all="ignore")  # IEEE values travel silently, whatever the array library
 def alibi_bias(
     slopes: Array,
     n_q: int,
@@ -153,10 +156,11 @@ def alibi_bias(
     xp = array_namespace(slopes)
     offset = position_offset("alibi_bias", n_q, n_k, alignment=alignment, xp=xp)
     m = widen(slopes)
-    D = xp.astype(distances(n_q, n_k, offset, distance, xp), m.dtype)
+    D = xp.astype(distances(n_q, n_k, offset=offset, distance=distance, xp=xp), m.dtype)
     return narrow(m[:, None, None] * D, slopes)
 
 
+@np.errstate(all="ignore")
 def alibi_bias_backward(
     d_bias: Array, *, alignment: Alignment = "top_left", distance: str = "absolute"
 ) -> Array:
@@ -186,7 +190,7 @@ def alibi_bias_backward(
     n_q, n_k = sizes["n_q"], sizes["n_k"]
     offset = position_offset("alibi_bias_backward", n_q, n_k, alignment=alignment, xp=xp)
     dB = widen(d_bias)
-    D = xp.astype(distances(n_q, n_k, offset, distance, xp), dB.dtype)
+    D = xp.astype(distances(n_q, n_k, offset=offset, distance=distance, xp=xp), dB.dtype)
     if D.ndim == 4 and (dB.ndim != 4 or dB.shape[0] != D.shape[0]):
         raise ShapeError(
             f"alignment has {D.shape[0]} offsets, but d_bias has shape {tuple(dB.shape)}; "

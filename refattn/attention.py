@@ -162,7 +162,7 @@ def pair_distances(problem: Problem) -> Array:
     Spec: OWN-ALIBI1.
     """
     xp, n_q, n_k = problem.xp, problem.Q.shape[-2], problem.K.shape[-2]
-    steps = distances(n_q, n_k, problem.offset, problem.options["distance"], xp)
+    steps = distances(n_q, n_k, offset=problem.offset, distance=problem.options["distance"], xp=xp)
     return xp.astype(steps, problem.Q.dtype)
 
 

@@ -50,11 +50,11 @@ CLAIMS: dict[str, tuple[str, ...]] = {"numpy": OPS}
 """Operations that each backend of this release claims."""
 
 
-class BackendAbsent(RefattnError):
+class BackendAbsent(RefattnError):  # noqa: N818 - a state of this machine
     """A backend that cannot be loaded here; the sentence says why."""
 
 
-class Unsupported(RefattnError):
+class Unsupported(RefattnError):  # noqa: N818 - a state of the backend
     """An operation or a dtype that a backend does not claim."""
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
+
 from refattn.arrays import FLOATS, Array, dtype_name
 from refattn.errors import RefattnError
 
@@ -122,3 +124,17 @@ def check_finite(function: str, **numbers: float | None) -> None:
     for name, number in numbers.items():
         if number is not None and not math.isfinite(number):
             raise OptionError(f"{name} is {number}, but it must be finite [{function}]")
+
+
+def check_counts(function: str, **numbers: int) -> None:
+    """Check that numbers are integers of at least 1.
+
+    Raises:
+        OptionError: one is not.
+    """
+    for name, number in numbers.items():
+        whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+        if not (whole and number >= 1):
+            raise OptionError(
+                f"{name} is {number!r}, but it must be an integer of at least 1 [{function}]"
+            )

@@ -9,8 +9,17 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from refattn.arrays import Array, array_namespace, narrow, widen
-from refattn.checks import OptionError, check_floats, check_option, check_shapes, describe
+from refattn.checks import (
+    OptionError,
+    ShapeError,
+    check_floats,
+    check_option,
+    check_shapes,
+    describe,
+)
 
 CONTRACTS: dict[str, dict[str, str]] = {
     "additive": {"w_query": "d_q d_a", "w_key": "d_k d_a", "v": "d_a"},
@@ -65,13 +74,18 @@ def _contract(
             )
     shapes = {name: (weights[name], shape) for name, shape in CONTRACTS[kind].items()}
     width = "d_q" if kind in SAME_WIDTH else "d_k"
-    check_shapes(
+    sizes = check_shapes(
         function,
         query=(query, "n_q d_q"),
         key=(key, f"n_k {width}"),
         d_scores=(d_scores, "n_q n_k"),
         **shapes,
     )
+    for letter, size in sizes.items():
+        if size == 0:
+            raise ShapeError(
+                f"{letter} is 0, but every size must be at least 1 {describe(function, arrays)}"
+            )
     check_floats(function, **{name: a for name, a in arrays.items() if a is not None})
 
 
@@ -98,6 +112,7 @@ def unit_rows(x: Array) -> UnitRows:
     return UnitRows(scaled / xp.where(length == 0, xp.ones_like(length), length), peak * length)
 
 
+@np.errstate(all="ignore")  # IEEE values travel silently, whatever the array library
 def score(
     query: Array,
     key: Array,
@@ -154,6 +169,7 @@ def score(
     return narrow(e, query)
 
 
+@np.errstate(all="ignore")
 def score_backward(
     d_scores: Array,
     query: Array,

@@ -70,7 +70,7 @@ def load_clauses(root: Path | None = None) -> dict[str, Clause]:
     try:
         table = tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SpecError(f"{path} does not read as an index of clauses: {error}") from error
+        raise SpecError(f"{path.name} does not read as an index of clauses: {error}") from error
     return {id_: _clause(id_, entry, path) for id_, entry in table.items()}
 
 
@@ -94,22 +94,25 @@ def section(id_: str, root: Path | None = None) -> str:
     root = root or spec_root()
     clause = find(id_, load_clauses(root))
     sections = _sections(root / clause.chapter)
-    if id_ not in sections:
-        raise SpecError(f"clause {id_} is in the index, but {clause.chapter} has no section of it")
-    return sections[id_]
+    if clause.id not in sections:
+        raise SpecError(f"{clause.id} is in the index, but {clause.chapter} has no section of it")
+    return sections[clause.id]
 
 
 def find(id_: str, clauses: Mapping[str, Clause]) -> Clause:
-    """Return one clause.
+    """Return one clause; its letters may be given in either case.
 
     Raises:
         SpecError: there is none of that id; names the nearest.
     """
     import difflib
 
-    if id_ in clauses:
-        return clauses[id_]
-    near = difflib.get_close_matches(id_.upper(), clauses, n=3, cutoff=0.5)
+    by_letters = {known.upper(): clause for known, clause in clauses.items()}
+    if id_.upper() in by_letters:
+        return by_letters[id_.upper()]
+    near = [
+        by_letters[k].id for k in difflib.get_close_matches(id_.upper(), by_letters, cutoff=0.5)
+    ]
     hint = f"; near it: {', '.join(near)}" if near else ""
     raise SpecError(f"there is no clause {id_}{hint} (refattn spec list names them all)")
 
@@ -142,7 +145,8 @@ def _sections(path: Path) -> dict[str, str]:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"chapter {path.name} does not read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SpecError(f"chapter {path.name} does not read: {why}") from error
     found: dict[str, str] = {}
     for match in HEADING.finditer(text):
         if match[1] in found:

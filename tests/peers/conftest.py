@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable
 from types import ModuleType
 
-import optional
 import pytest
+
+import optional
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from refattn.rope import rotate
 
 from refattn.attention import attention, attention_weights, linear_bias, scaled_logits, soften
-from refattn.heads import merge_heads, split_heads
+from refattn.multihead import merge_heads, split_heads
 from refattn.options import resolve
-from refattn.rope import rotate
 
 Arrays = dict[str, np.ndarray]
 
@@ -26,21 +26,22 @@ CONVENTIONS = {
 """What opset 23 to 25 means since onnx 1.23, beyond its attributes."""
 
 
+INPUTS = {
+    "Attention": "query key value attn_mask past_key past_value nonpad_kv_seqlen".split(),
+    "RotaryEmbedding": "input cos_cache sin_cache position_ids".split(),
+}
+"""Names of a node's inputs, in the order of its schema."""
+
+OUTPUTS = {
+    "Attention": "Y present_key present_value qk_matmul_output".split(),
+    "RotaryEmbedding": ["output"],
+}
+"""Names of a node's outputs, likewise."""
+
+
 def node_inputs(node: Any, values: list[np.ndarray]) -> Arrays:
     """Return the inputs of a node by the names of its schema; omitted ones are absent."""
-    names = {
-        "Attention": (
-            "query",
-            "key",
-            "value",
-            "attn_mask",
-            "past_key",
-            "past_value",
-            "nonpad_kv_seqlen",
-        ),
-        "RotaryEmbedding": ("input", "cos_cache", "sin_cache", "position_ids"),
-    }[node.op_type]
-    present = [name for name, given in zip(names, node.input, strict=False) if given]
+    present = [n for n, given in zip(INPUTS[node.op_type], node.input, strict=False) if given]
     return dict(zip(present, values, strict=True))
 
 

@@ -1,0 +1,247 @@
+"""Puts cases to a subject, and turns what comes back into a verdict a clause.
+
+Three outcomes only: pass, fail, not run. What is not run never counts as passed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from refattn.arrays import FLOATS
+from refattn.audit.capabilities import LAYOUTS, refusal
+from refattn.audit.subject import Arrays, Subject
+from refattn.backends import cast_floats
+from refattn.bounds import PROFILES, profile_of
+from refattn.errors import RefattnError
+from refattn.judge import OutputVerdict, judge
+from refattn.vectors.pack import Case
+
+PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
+"""The outcomes."""
+
+HEADED = ("query", "key", "value", "d_output", "output", "d_query", "d_key", "d_value")
+"""Tensors that the layout of a subject reorders."""
+
+LOGSUMEXP_CLAUSES = frozenset({"OWN-LSE1", "NUM-LSE1"})
+"""Clauses that only the logsumexp can prove."""
+
+BACKWARD_CLAUSES = frozenset({"FA1-ALG3", "FA1-ALG4", "OWN-BACKWARD1", "NUM-BACKWARD1"})
+"""Clauses that only gradients can prove."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one case in one dtype."""
+
+    case_id: str
+    clauses: tuple[str, ...]
+    dtype: str
+    profile: str
+    status: str
+    reason: str
+    outputs: tuple[OutputVerdict, ...] = ()
+    met: frozenset[str] = frozenset(PROFILES)
+    """Profiles whose bounds every output of this case met."""
+
+    @property
+    def ratio(self) -> float:
+        """The worst error over its bound, 0 where nothing was judged."""
+        return max((verdict.ratio for verdict in self.outputs), default=0.0)
+
+
+@dataclass(frozen=True)
+class ClauseVerdict:
+    """What the cases of one clause came to."""
+
+    id: str
+    passed: int
+    failed: int
+    not_run: int
+    ratio: float
+    finding: str
+
+    @property
+    def status(self) -> str:
+        """The outcome of the clause: one failure fails it, and nothing run proves nothing."""
+        return FAIL if self.failed else PASS if self.passed else NOT_RUN
+
+
+def select(
+    cases: Iterable[Case], *, clauses: Sequence[str] = (), flags: Sequence[str] = ()
+) -> list[Case]:
+    """Return the cases that exercise any of the clauses and carry any of the flags.
+
+    Raises:
+        RefattnError: there is none.
+    """
+    found = [
+        case
+        for case in cases
+        if (not clauses or set(clauses) & set(case.clauses))
+        and (not flags or set(flags) & set(case.flags))
+    ]
+    if not found:
+        asked = ", ".join([*clauses, *flags]) or "this pack"
+        raise RefattnError(f"no case was selected: no vector has {asked}")
+    return found
+
+
+def run(subject: Subject, cases: Sequence[Case], *, profile: str = "") -> Iterator[Result]:
+    """Yield the result of every case in every dtype that it is exact in.
+
+    Args:
+        subject: the implementation.
+        cases: the selection.
+        profile: the precision that the subject declares; that of each dtype if empty.
+
+    Raises:
+        RefattnError: the profile is unknown.
+    """
+    if profile and profile not in PROFILES:
+        raise RefattnError(f"profile is {profile}, but it must be one of {', '.join(PROFILES)}")
+    for case in cases:
+        for dtype in FLOATS:
+            if dtype in case.dtypes:
+                yield run_case(subject, case, dtype, profile or profile_of(dtype))
+
+
+def run_case(subject: Subject, case: Case, dtype: str, profile: str) -> Result:
+    """Return the result of one case in one dtype."""
+    about = (case.id, case.clauses, dtype, profile)
+    why = refusal(case, dtype, subject.capabilities)
+    if not why and profile not in case.bounds:
+        why = f"the case has no bounds of profile {profile}"
+    if why:
+        return Result(*about, NOT_RUN, why)
+    try:
+        outputs = _call(subject, case, dtype)
+    except Exception as error:
+        message = " ".join(str(error).split())[:300]
+        return Result(*about, FAIL, f"{type(error).__name__}: {message}", met=frozenset())
+    judged = _judged(subject, case, outputs)
+    if not judged.outputs:
+        return Result(*about, FAIL, f"returned {', '.join(outputs) or 'nothing'}, but no output")
+    verdict = judge(judged, outputs, profile)
+    met = frozenset(p for p in PROFILES if p in case.bounds and judge(judged, outputs, p).ok)
+    first = next((v for v in verdict.outputs if not v.ok), None)
+    reason = sentence(first) if first else ""
+    return Result(*about, FAIL if first else PASS, reason, tuple(verdict.outputs), met)
+
+
+def by_clause(results: Sequence[Result]) -> list[ClauseVerdict]:
+    """Return one verdict a clause, in the order in which the results name them.
+
+    A case counts for a clause only by the outputs that can prove it: a clause of the backward
+    pass by gradients, one of the logsumexp by the logsumexp, any other by the forward pass.
+    """
+    ids = dict.fromkeys(id_ for result in results for id_ in result.clauses)
+    return [_clause_verdict(id_, results) for id_ in ids]
+
+
+def measured(results: Sequence[Result]) -> dict[str, str]:
+    """Return, a dtype, the tightest profile whose bounds every passing case met."""
+    found = {}
+    for dtype in FLOATS:
+        passed = [r.met for r in results if r.dtype == dtype and r.status == PASS]
+        if passed:
+            shared = frozenset.intersection(*passed)
+            found[dtype] = next((p for p in PROFILES if p in shared), "none")
+    return found
+
+
+def sentence(verdict: OutputVerdict) -> str:
+    """Return what is wrong with one output, in one sentence."""
+    return f"{verdict.name}: {verdict.reason}"
+
+
+def _call(subject: Subject, case: Case, dtype: str) -> Arrays:
+    """Run the subject on copies of a case's tensors, in its layout and with its options."""
+    offered = subject.capabilities
+    inputs = {name: cast_floats(np.array(array), dtype) for name, array in case.inputs.items()}
+    options = {**case.parameters, **case.conventions}
+    if case.op == "attention":
+        inputs, options = _understood(subject, inputs, dict(options))
+    permuted = {name: _permute(name, array, offered.layout) for name, array in inputs.items()}
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        returned = subject.run(permuted, options)
+    return {name: _permute(name, np.asarray(a), offered.layout) for name, a in returned.items()}
+
+
+def _understood(
+    subject: Subject, inputs: Arrays, options: dict[str, Any]
+) -> tuple[Arrays, dict[str, Any]]:
+    """Leave out what the subject does not take: gradients, false flags, fixed conventions."""
+    offered = subject.capabilities
+    backward = _backward(subject, inputs)
+    if not backward:
+        inputs = {n: a for n, a in inputs.items() if n not in ("d_output", "d_logsumexp")}
+    fixed = {axis for axis, made in offered.conventions.items() if made != "any"}
+    options = {
+        name: value
+        for name, value in options.items()
+        if value is not False and name not in fixed and value is not None
+    }
+    return inputs, options
+
+
+def _backward(subject: Subject, inputs: Arrays) -> bool:
+    """Return whether the gradients of a case can be asked of a subject."""
+    features = subject.capabilities.features
+    return "backward" in features and ("d_logsumexp" not in inputs or "d_logsumexp" in features)
+
+
+def _judged(subject: Subject, case: Case, outputs: Arrays) -> Case:
+    """Return the case with those of its expected outputs that the subject owes or returned."""
+    owed = {"output"} if case.op == "attention" else set(case.outputs)
+    if case.op == "attention" and _backward(subject, dict(case.inputs)) and "d_output" in case.inputs:
+        owed |= {"d_query", "d_key", "d_value"}
+    if "logsumexp" in subject.capabilities.features:
+        owed.add("logsumexp")
+    kept = {n: a for n, a in case.outputs.items() if n in owed or n in outputs}
+    return replace(case, outputs=kept)
+
+
+def _permute(name: str, array: np.ndarray[Any, Any], layout: str) -> np.ndarray[Any, Any]:
+    """Exchange heads and length of a tensor where the layout asks for it."""
+    if layout == LAYOUTS[0] or name not in HEADED or array.ndim != 4:
+        return array
+    return np.ascontiguousarray(array.swapaxes(1, 2))
+
+
+def _clause_verdict(id_: str, results: Sequence[Result]) -> ClauseVerdict:
+    """Count the results of one clause."""
+    counts = dict.fromkeys((PASS, FAIL, NOT_RUN), 0)
+    ratio, finding = 0.0, ""
+    for result in results:
+        if id_ not in result.clauses:
+            continue
+        status, proof = _evidence(id_, result)
+        counts[status] += 1
+        ratio = max([ratio, *(verdict.ratio for verdict in proof)])
+        if status == FAIL and not finding:
+            bad = next((sentence(v) for v in proof if not v.ok), result.reason)
+            finding = f"{bad} [{result.case_id}, {result.dtype}, {result.profile}]"
+    return ClauseVerdict(id_, counts[PASS], counts[FAIL], counts[NOT_RUN], ratio, finding)
+
+
+def _evidence(id_: str, result: Result) -> tuple[str, list[OutputVerdict]]:
+    """Return what a result says about a clause, and the outputs that say it."""
+    if result.status == NOT_RUN or not result.outputs:
+        return result.status, []
+    proof = [verdict for verdict in result.outputs if _proves(id_, verdict.name)]
+    if not proof:
+        return NOT_RUN, []
+    return (PASS if all(verdict.ok for verdict in proof) else FAIL), proof
+
+
+def _proves(id_: str, output: str) -> bool:
+    """Return whether an output can prove a clause."""
+    if id_ in LOGSUMEXP_CLAUSES:
+        return output == "logsumexp"
+    return output.startswith("d_") == (id_ in BACKWARD_CLAUSES)

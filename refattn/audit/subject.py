@@ -1,0 +1,182 @@
+"""Subjects: what is judged, however it is called."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refattn.arrays import FLOATS
+from refattn.audit.capabilities import ANY, CONVENTIONS, FEATURES, Capabilities
+from refattn.errors import RefattnError
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+BUNDLED = {
+    "torch-sdpa": "torch_sdpa",
+    "onnxruntime": "onnx_attention",
+    "jax": "jax_attention",
+    "keras": "keras_attention",
+}
+"""Subjects that come with an adapter, and its module."""
+
+DECLARATION = "refattn_capabilities"
+"""Name of a function's attribute, or of its module's variable, that declares capabilities."""
+
+FIELDS = ("features", "dtypes", "conventions", "layout", "ops")
+"""Keys of a declaration."""
+
+
+class Subject(NamedTuple):
+    """An implementation under audit.
+
+    `run` takes a case's tensors in one dtype and its options, and returns tensors by the names of
+    the operation's table: output, logsumexp where offered, gradients where offered.
+    """
+
+    name: str
+    version: str
+    capabilities: Capabilities
+    run: Callable[[Arrays, dict[str, Any]], Arrays]
+
+
+def load_subject(
+    text: str,
+    *,
+    capabilities: tuple[str, ...] = (),
+    conventions: Mapping[str, str] | None = None,
+    layout: str | None = None,
+    dtypes: tuple[str, ...] = (),
+) -> Subject:
+    """Return a bundled subject by its name, or a Python callable by `module:function`.
+
+    Args:
+        text: one of `BUNDLED`, or `module:function`; the current folder is searched too.
+        capabilities: further features that the subject has.
+        conventions: choices of the subject that differ from its declaration.
+        layout: order of the axes, one of `LAYOUTS`.
+        dtypes: the dtypes to put to it instead of the declared ones.
+
+    Raises:
+        RefattnError: there is no such subject, or a word of the declaration is unknown.
+    """
+    if text in BUNDLED:
+        subject: Subject = importlib.import_module(f"refattn.audit.{BUNDLED[text]}").subject()
+    elif ":" in text:
+        subject = from_callable(_resolve(text), text)
+    else:
+        raise RefattnError(
+            f"subject is {text}, but it must be module:function or one of {', '.join(BUNDLED)}"
+        )
+    declared = subject.capabilities
+    changed = replace(
+        declared,
+        features=declared.features | set(capabilities),
+        conventions={**declared.conventions, **(conventions or {})},
+        layout=layout or declared.layout,
+        dtypes=dtypes or declared.dtypes,
+    )
+    return subject._replace(capabilities=changed)
+
+
+def from_callable(function: Callable[..., Any], name: str) -> Subject:
+    """Return the subject of a Python callable on NumPy arrays.
+
+    The callable is `f(query, key, value, **options)`, where the options are those of
+    `refattn.attention` that a case needs, by the same names. It returns the output, or (output,
+    logsumexp), or a dict by names. With the feature `backward` it is also given `d_output` and
+    returns a dict that holds d_query, d_key and d_value, too.
+
+    What it can do is taken from its `refattn_capabilities`, or from the variable of that name in
+    its module: a dict with any of `FIELDS`. Without one, an option or convention is offered when
+    the signature names it, and every other axis is judged by the specification's default.
+    """
+    declared = getattr(function, DECLARATION, None)
+    if declared is None:
+        declared = getattr(sys.modules.get(getattr(function, "__module__", "")), DECLARATION, None)
+    offered = inferred(function) if declared is None else declaration(declared, name)
+    version = str(getattr(sys.modules.get(name.split(":")[0]), "__version__", ""))
+
+    def run(inputs: Arrays, options: dict[str, Any]) -> Arrays:
+        return named(function(**inputs, **options))
+
+    return Subject(name, version, offered, run)
+
+
+def inferred(function: Callable[..., Any]) -> Capabilities:
+    """Return the capabilities that a signature's keyword names show."""
+    try:
+        names = set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return Capabilities()
+    features = {name for name in FEATURES if name in names}
+    features |= {"backward"} & {"backward" for name in names if name == "d_output"}
+    defaults = {axis: choices[0] for axis, choices in CONVENTIONS.items()}
+    taken = {axis: ANY for axis in CONVENTIONS if axis in names}
+    return Capabilities(features=frozenset(features), conventions={**defaults, **taken})
+
+
+def declaration(declared: Any, name: str) -> Capabilities:
+    """Return the capabilities of a declaration.
+
+    Raises:
+        RefattnError: it is no dict, or has a word that is unknown.
+    """
+    if not isinstance(declared, Mapping):
+        raise RefattnError(f"{DECLARATION} of {name} is {declared!r}, but it must be a dict")
+    for key in declared:
+        if key not in FIELDS:
+            raise RefattnError(
+                f"{DECLARATION} of {name} has {key}, but its keys are {', '.join(FIELDS)}"
+            )
+    for dtype in declared.get("dtypes", ()):
+        if dtype not in FLOATS:
+            raise RefattnError(f"{DECLARATION} of {name} has dtype {dtype}, not one of {FLOATS}")
+    base = Capabilities()
+    return Capabilities(
+        features=frozenset(declared.get("features", ())),
+        dtypes=tuple(declared.get("dtypes", base.dtypes)),
+        conventions={**base.conventions, **declared.get("conventions", {})},
+        layout=declared.get("layout", base.layout),
+        ops=tuple(declared.get("ops", base.ops)),
+    )
+
+
+def named(returned: Any) -> Arrays:
+    """Return what a callable returned as arrays by name."""
+    if hasattr(returned, "_asdict"):
+        returned = returned._asdict()
+    if isinstance(returned, Mapping):
+        return {str(k): np.asarray(v) for k, v in returned.items() if v is not None}
+    if isinstance(returned, (tuple, list)):
+        return {
+            name: np.asarray(array)
+            for name, array in zip(("output", "logsumexp"), returned, strict=False)
+            if array is not None
+        }
+    return {"output": np.asarray(returned)}
+
+
+def _resolve(text: str) -> Callable[..., Any]:
+    """Import the callable of `module:function`."""
+    module_name, _, path = text.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        kind = type(error).__name__
+        raise RefattnError(f"module {module_name} does not import: {kind}: {error}") from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise RefattnError(f"module {module_name} has no {path}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise RefattnError(f"{text} is {type(found).__name__}, but it must be callable")
+    return found  # type: ignore[no-any-return]

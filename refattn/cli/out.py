@@ -1,0 +1,71 @@
+"""What the commands print: tables for eyes and for pipes, JSON for machines, bars for patience."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+STYLES = {"ok": "green", "pass": "green", "FAIL": "bold red", "not run": "yellow"}
+"""Colours of the words that decide, in a terminal."""
+
+
+def print_json(data: Any) -> None:
+    """Print one JSON document to stdout; numbers without a JSON form become strings."""
+    print(json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def plain(data: Any) -> Any:
+    """Return data that JSON can hold: tuples as lists, inf and NaN as strings."""
+    if isinstance(data, dict):
+        return {str(key): plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [plain(value) for value in data]
+    if isinstance(data, float) and not -float("inf") < data < float("inf"):
+        return repr(data)
+    return data
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """Print a table: framed and coloured in a terminal, aligned words in a pipe."""
+    if not sys.stdout.isatty():
+        print(aligned(head, rows, title))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*head, title=title or None, title_justify="left")
+    for row in rows:
+        table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
+    Console().print(table)
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:
+    """Return a table as lines of aligned words."""
+    lines = [tuple(head), *(tuple(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = [title] if title else []
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)
+
+
+def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """Yield the items behind a bar on stderr; without a terminal, silently."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, total=total, description=what, console=Console(stderr=True))
+
+
+def _style(cell: str) -> str:
+    """Return the colour of a cell by the word it starts with."""
+    return next((style for word, style in STYLES.items() if cell.startswith(word)), "")

@@ -1,0 +1,247 @@
+"""What passes by tiles share: cutting, which cells of a tile are allowed, and sums over them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refattn.arrays import Array, array_namespace
+from refattn.checks import (
+    DtypeError,
+    OptionError,
+    ShapeError,
+    check_finite,
+    check_floats,
+    check_shapes,
+    describe,
+)
+from refattn.masks import position_offset
+
+
+class Masking(NamedTuple):
+    """Rules of the allowed cells and kept weights of a whole problem, to be cut into tiles."""
+
+    mask: Array | None
+    """(..., n_q, n_k), bool, True = attend."""
+    offset: int | None
+    """Position of query row 0, tokens; None where the pass is not causal."""
+    keep: Array | None
+    """(..., n_q, n_k), bool, True = the weight is kept."""
+
+
+def spans(length: int, size: int) -> list[slice]:
+    """Return the ranges of ⌈length / size⌉ tiles; the last one may be shorter."""
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def divide(array: Array, ranges: list[slice]) -> list[Array]:
+    """Return the blocks of the rows (axis -2) of an array."""
+    return [array[..., r, :] for r in ranges]
+
+
+def join(blocks: list[Array], like: Array) -> Array:
+    """Return the array whose rows were divided; `like` is what no blocks make."""
+    return array_namespace(like).concat(blocks, axis=-2) if blocks else like
+
+
+def check_operands(
+    function: str, query: Array, key: Array, value: Array, *, scale: float | None, keys: int = 0
+) -> dict[str, int]:
+    """Check what the passes ask of their operands and return n_q, n_k, d_k and d_v.
+
+    Raises:
+        ShapeError: shapes do not fit, or there is no feature, or fewer keys than `keys`.
+        DtypeError: dtypes are not floating or differ.
+        OptionError: the scale is not finite.
+    """
+    arrays = {"query": query, "key": key, "value": value}
+    sizes = check_shapes(
+        function,
+        query=(query, "... n_q d_k"),
+        key=(key, "... n_k d_k"),
+        value=(value, "... n_k d_v"),
+    )
+    for name in ("key", "value"):
+        check_lead(function, arrays, name, "query")
+    for letter, least in (("d_k", 1), ("n_k", keys)):
+        if sizes[letter] < least:
+            raise ShapeError(
+                f"key has {letter}={sizes[letter]}, but at least {least} is needed "
+                f"{describe(function, arrays)}"
+            )
+    check_floats(function, **arrays)
+    check_finite(function, scale=scale)
+    return sizes
+
+
+def check_lead(
+    function: str, arrays: dict[str, Array], name: str, owner: str, *, rank: int = 2
+) -> None:
+    """Check that the leading axes of two arrays are equal; `rank` axes of `name` trail.
+
+    Raises:
+        ShapeError: they differ.
+    """
+    lead = tuple(arrays[name].shape[: arrays[name].ndim - rank])
+    expected = tuple(arrays[owner].shape[:-2])
+    if lead != expected:
+        raise ShapeError(
+            f"{name} has leading axes {lead}, but {owner} has leading axes {expected}; "
+            f"they must be equal {describe(function, arrays)}"
+        )
+
+
+def masking(
+    function: str,
+    query: Array,
+    key: Array,
+    *,
+    mask: Array | None,
+    causal: bool,
+    alignment: str | int,
+    keep: Array | None,
+    keep_probability: float | None,
+) -> Masking:
+    """Check the rules of a problem and broadcast them to its scores.
+
+    Raises:
+        ShapeError: mask or keep does not broadcast to (..., n_q, n_k).
+        DtypeError: mask or keep is not bool.
+        OptionError: alignment is unknown, or keep comes without its probability.
+    """
+    shape = (*query.shape[:-1], key.shape[-2])
+    offset = position_offset(
+        function, shape[-2], shape[-1], alignment=alignment, xp=array_namespace(query)
+    )
+    if not isinstance(offset, int):
+        raise OptionError(
+            f"alignment is {alignment!r}, but a pass by tiles takes one offset [{function}]"
+        )
+    if (keep is None) != (keep_probability is None):
+        raise OptionError(
+            f"keep is {'absent' if keep is None else 'given'}, but keep_probability is "
+            f"{keep_probability}; they come together [{function}]"
+        )
+    if keep_probability is not None and not 0 < keep_probability <= 1:
+        raise OptionError(
+            f"keep_probability is {keep_probability}, but it must be above 0 and at most 1 "
+            f"[{function}]"
+        )
+    return Masking(
+        mask=_broadcast(function, "mask", mask, shape),
+        offset=offset if causal else None,
+        keep=_broadcast(function, "keep", keep, shape),
+    )
+
+
+def _broadcast(
+    function: str, name: str, rule: Array | None, shape: tuple[int, ...]
+) -> Array | None:
+    """Return a boolean array broadcast to the shape of the scores."""
+    if rule is None:
+        return None
+    xp = array_namespace(rule)
+    if rule.dtype != xp.bool:
+        raise DtypeError(f"{name} has dtype {rule.dtype}, but it must be bool [{function}]")
+    try:
+        fits = np.broadcast_shapes(tuple(rule.shape), shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ShapeError(
+            f"{name} has shape {tuple(rule.shape)}, but the scores have shape {shape}; "
+            f"the first must broadcast to the second [{function}]"
+        )
+    return xp.broadcast_to(rule, shape)
+
+
+def allowed_cells(rules: Masking, rows: slice, cols: slice, xp: Any) -> Array:
+    """Return which cells of a tile may be attended, broadcastable to (..., B_r, B_c).
+
+    Spec: OWN-MASK1, OWN-CAUSAL1.
+
+        allowed_ij = mask_ij ∧ (j ≤ i + offset)
+    """
+    allowed = xp.ones((rows.stop - rows.start, cols.stop - cols.start), dtype=xp.bool)
+    if rules.offset is not None:
+        i = xp.arange(rows.start, rows.stop, dtype=xp.int64)[:, None]
+        j = xp.arange(cols.start, cols.stop, dtype=xp.int64)[None, :]
+        allowed = allowed & (j <= i + rules.offset)
+    return allowed if rules.mask is None else allowed & rules.mask[..., rows, cols]
+
+
+def kept_cells(rules: Masking, rows: slice, cols: slice) -> Array | None:
+    """Return the keep mask of a tile, or None where every weight is kept."""
+    return None if rules.keep is None else rules.keep[..., rows, cols]
+
+
+def read_rows(block: Array, allowed: Array) -> Array:
+    """Return the rows of a block that some allowed cell of the tile reads, the others as 0.
+
+    Spec: OWN-POISON1.
+
+    Args:
+        block: (..., r, d).
+        allowed: (..., r, c), bool: row r of the block stands for row r of the tile.
+
+    Returns:
+        block: (..., r, d).
+    """
+    xp = array_namespace(block)
+    return xp.where(xp.any(allowed, axis=-1)[..., None], block, xp.zeros_like(block))
+
+
+def product_over_allowed(weights: Array, block: Array, allowed: Array) -> Array:
+    """Return a matrix product whose sums run over the allowed cells only.
+
+    Spec: OWN-POISON1.
+
+        Y_id = Σ_{j allowed for i} W_ij X_jd
+
+    Args:
+        weights: W, (..., r, c); 0 where not allowed.
+        block: X, (..., c, d); may hold anything where no sum reads it.
+        allowed: (..., r, c), bool.
+
+    Returns:
+        product: Y, (..., r, d).
+    """
+    xp = array_namespace(weights)
+    finite = xp.isfinite(block)
+    product = weights @ xp.where(finite, block, xp.zeros_like(block))
+    if bool(xp.all(finite)):
+        return product
+    # 0 · NaN is NaN, so a weight of 0 does not hide a forbidden cell: choose, then multiply
+    rest = xp.where(finite, xp.zeros_like(block), block)[..., None, :, :]
+    chosen = xp.where(allowed[..., None], rest, xp.zeros_like(rest))
+    return product + xp.sum(weights[..., None] * chosen, axis=-2)
+
+
+def shift(row_max: Array) -> Array:
+    """Return what a row's scores are shifted by: its maximum, 0 where it has none.
+
+    Spec: OWN-EMPTY1.
+
+    A row without an allowed key so far has the maximum -∞, and -∞ - (-∞) is no number.
+    """
+    xp = array_namespace(row_max)
+    return xp.where(row_max == -float("inf"), xp.zeros_like(row_max), row_max)
+
+
+def divisor(row_sum: Array) -> Array:
+    """Return what a row's sum of products is divided by: l, 1 where the row has no key.
+
+    Spec: OWN-EMPTY1.
+    """
+    xp = array_namespace(row_sum)
+    return xp.where(row_sum == 0, xp.ones_like(row_sum), row_sum)
+
+
+def default_scale(scale: float | None, d_k: int) -> float:
+    """Return the scale, 1/√d_k where none is given.
+
+    Spec: OWN-SCALE1.
+    """
+    return 1.0 / math.sqrt(d_k) if scale is None else scale
