@@ -117,10 +117,11 @@ def cast_floats(array: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]
     return array.astype(numpy_dtype(dtype)) if array.dtype.kind == "f" else array
 
 
-def _call(dotted: str, *args: Any, **options: Any) -> Any:
-    """Call a reference function, imported on first use."""
+def _call(dotted: str, *args: Any, **options: Any) -> dict[str, Any]:
+    """Call a reference function, imported on first use, and return its results by name."""
     module, name = dotted.rsplit(".", 1)
-    return getattr(importlib.import_module(f"refattn.{module}"), name)(*args, **options)
+    result = getattr(importlib.import_module(f"refattn.{module}"), name)(*args, **options)
+    return dict(result._asdict()) if hasattr(result, "_asdict") else {"": result}
 
 
 def _split(inputs: Arrays, *names: str) -> tuple[Arrays, Arrays]:
@@ -131,16 +132,78 @@ def _split(inputs: Arrays, *names: str) -> tuple[Arrays, Arrays]:
 
 def _attention(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
     cotangents, forward = _split(inputs, "d_output", "d_logsumexp")
-    outputs = _call("attention.attention", **forward, **options)._asdict()
-    if "d_output" in cotangents:
-        gradients = _call(
-            "attention_backward.attention_backward", **cotangents, **forward, **options
-        )
-        outputs |= gradients._asdict()
-    return dict(outputs)
+    outputs = _call("attention.attention", **forward, **options)
+    if cotangents:
+        backward = "attention_backward.attention_backward"
+        outputs |= _call(backward, **cotangents, **forward, **options)
+    return outputs
+
+
+def _multihead(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    cotangent, forward = _split(inputs, "d_output")
+    outputs = {"output": _call("multihead.multihead_attention", **forward, **options)[""]}
+    if cotangent:
+        backward = "multihead.multihead_attention_backward"
+        outputs |= _call(backward, **cotangent, **forward, **options)
+    return outputs
+
+
+def _head_importance(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return _call("heads.head_importance", **inputs, **options)
+
+
+def _rope(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    outputs = _call("rope.rope", inputs["x"], inputs["positions"], **options)
+    if "d_output" in inputs:
+        backward = _call("rope.rope_backward", inputs["d_output"], inputs["positions"], **options)
+        outputs["d_x"] = backward[""]
+    return outputs
+
+
+def _alibi(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    heads, rule = options.pop("heads"), options.pop("slope_rule", "authors")
+    computing = "float64" if dtype == "float64" else "float32"
+    slopes = _call("alibi.alibi_slopes", heads, slope_rule=rule)[""].astype(computing)
+    bias = _call("alibi.alibi_bias", slopes, **options)[""]
+    return {"slopes": cast_floats(slopes, dtype), "bias": cast_floats(bias, dtype)}
+
+
+def _tiles(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return _call("flash.tile_states", **inputs, **options)
+
+
+def _merge(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return _call("merge.merge", **inputs, **options)
+
+
+def _score(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return {"scores": _call("scores.score", **inputs, **options)[""]}
+
+
+def _rope_decay(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    decay = _call("rope.rope_decay", inputs["distances"], **options)[""]
+    return {"decay": cast_floats(decay, dtype)}
+
+
+def _traffic(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return _call("traffic.hbm_traffic", **options)
+
+
+def _keep_mask(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return {"keep": _call("dropout.keep_mask", options.pop("shape"), **options)[""]}
 
 
 _NUMPY: dict[str, Callable[[Arrays, dict[str, Any], str], dict[str, Any]]] = {
     "attention": _attention,
+    "multihead": _multihead,
+    "head_importance": _head_importance,
+    "rope": _rope,
+    "alibi": _alibi,
+    "tiles": _tiles,
+    "merge": _merge,
+    "score": _score,
+    "rope_decay": _rope_decay,
+    "traffic": _traffic,
+    "keep_mask": _keep_mask,
 }
 """How the reference functions are called for each operation."""

@@ -53,8 +53,9 @@ def merge(outputs: Array, logsumexps: Array) -> MergeResult:
     top = xp.max(L_p, axis=0)
     w_p = xp.exp(L_p - shift(top))
     total = divisor(xp.sum(w_p, axis=0))
-    weighted = xp.where(L_p == -float("inf"), xp.zeros_like(O_p), w_p * O_p)
-    O = xp.sum(weighted, axis=0) / total
+    # an empty part may hold anything, and 0 · NaN is NaN: choose, then multiply
+    chosen = xp.where(L_p == -float("inf"), xp.zeros_like(O_p), O_p)
+    O = xp.sum(w_p * chosen, axis=0) / total
     return MergeResult(narrow(O, outputs), (top + xp.log(total))[..., 0])
 
 
@@ -83,10 +84,10 @@ def merge_states(first: PartState, second: PartState) -> PartState:
     m = xp.maximum(first.row_max, second.row_max)
     l, O = xp.zeros_like(m), xp.zeros_like(widen(first.output))
     for m_p, l_p, O_p in (first, second):
-        seen = m_p != -float("inf")
-        w_p = xp.where(seen, xp.exp(m_p - shift(m)) * l_p, xp.zeros_like(l_p))
+        empty = m_p == -float("inf")
+        w_p = xp.exp(m_p - shift(m)) * xp.where(empty, xp.zeros_like(l_p), l_p)
         l = l + w_p
-        O = O + xp.where(seen[..., None], w_p[..., None] * widen(O_p), xp.zeros_like(O))
+        O = O + w_p[..., None] * xp.where(empty[..., None], xp.zeros_like(O), widen(O_p))
     return PartState(m, l, narrow(O / divisor(l)[..., None], first.output))
 
 

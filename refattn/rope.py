@@ -12,17 +12,15 @@ import numpy as np
 
 from refattn.arrays import Array, array_namespace, dtype_name, narrow, widen
 from refattn.checks import (
-    DtypeError,
     OptionError,
     ShapeError,
-    check_finite,
     check_floats,
     check_option,
     check_shapes,
     describe,
 )
-from refattn.rope_frequencies import RopeFrequencies, Variant
-from refattn.rope_tables import RopeTables, exact_frequency, rope_tables, tables_of
+from refattn.rope_frequencies import Variant, one_frequency, rope_frequencies
+from refattn.rope_tables import RopeTables, rope_tables, tables_of
 
 PAIRINGS = ("interleaved", "half_split")
 """Features (2i, 2i+1) form a pair, as in the paper, or features (i, i + d/2)."""
@@ -121,22 +119,23 @@ def rotate(x: Array, cosine: Array, sine: Array, *, pairing: str = "interleaved"
 
     Args:
         x: (..., n, d).
-        cosine, sine: (..., n, r/2), broadcastable to x's leading axes, r ≤ d; float32 for a
-            16-bit x, else of x's dtype. Features r ... d-1 stay.
+        cosine, sine: (..., n, r/2), leading axes broadcastable to x's, r ≤ d, of x's dtype or
+            its computing dtype. Features r ... d-1 stay.
         pairing: "interleaved" or "half_split".
 
     Returns:
         output: (..., n, d), in x's dtype.
 
     Raises:
-        ShapeError: the tables differ, or are wider than x, or do not broadcast.
-        DtypeError: a dtype is not floating, or the tables are not of the computing dtype.
+        ShapeError: the tables differ, are wider than x, or do not broadcast to it.
+        DtypeError: a dtype is not floating, or the tables do not compute as x does.
         OptionError: the pairing is unknown.
     """
     arrays = {"x": x, "cosine": cosine, "sine": sine}
-    check_shapes("rotate", x=(x, "... n d"), cosine=(cosine, "... n r/2"), sine=(sine, "... n r/2"))
+    check_shapes("rotate", x=(x, "... d"), cosine=(cosine, "... r/2"), sine=(sine, "... r/2"))
     check_floats("rotate", x=x)
-    check_floats("rotate", **{"widened x": widen(x), "cosine": cosine, "sine": sine})
+    X, cos, sin = widen(x), widen(cosine), widen(sine)
+    check_floats("rotate", x=X, cosine=cos, sine=sin)
     check_option("rotate", "pairing", pairing, PAIRINGS)
     half, d = cosine.shape[-1], x.shape[-1]
     if 2 * half > d:
@@ -144,19 +143,28 @@ def rotate(x: Array, cosine: Array, sine: Array, *, pairing: str = "interleaved"
             f"cosine has {half} angles, but x has d={d} features, two an angle "
             f"{describe('rotate', arrays)}"
         )
-    _check_broadcast(arrays)
+    if not _broadcasts(tuple(cosine.shape[:-1]), tuple(x.shape[:-1])):
+        raise ShapeError(
+            f"cosine has leading axes {tuple(cosine.shape[:-1])}, but x has {tuple(x.shape[:-1])}; "
+            f"the first must broadcast to the second {describe('rotate', arrays)}"
+        )
     xp = array_namespace(x)
-    X = widen(x)
     if pairing == "interleaved":
         u, v = X[..., 0 : 2 * half : 2], X[..., 1 : 2 * half : 2]
     else:
         u, v = X[..., :half], X[..., half : 2 * half]
-    turned = (u * cosine - v * sine, u * sine + v * cosine)
+    turned = (u * cos - v * sin, u * sin + v * cos)
     if pairing == "interleaved":
         rotated = xp.reshape(xp.stack(turned, axis=-1), (*x.shape[:-1], 2 * half))
     else:
         rotated = xp.concat(turned, axis=-1)
     return narrow(xp.concat([rotated, X[..., 2 * half :]], axis=-1), x)
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Tell whether a shape broadcasts to a target without enlarging it."""
+    ends = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(size in (1, goal) for size, goal in ends)
 
 
 def rotation_matrix(
@@ -188,16 +196,26 @@ def rotation_matrix(
         DtypeError: positions are not integers.
     """
     tables = rope_tables(positions, rotary_dim=d, base=base, variant=variant, dtype=dtype)
-    xp = array_namespace(tables.cosine)
-    rows = xp.arange(d)[:, None]
-    columns = xp.arange(d)[None, :]
-    cosine = xp.repeat(tables.cosine, 2, axis=-1)[..., :, None]  # by row of R
-    sine = xp.repeat(tables.sine, 2, axis=-1)[..., :, None]
-    zero = xp.zeros_like(cosine)
-    above = (columns == rows + 1) & (rows % 2 == 0)
-    below = (columns == rows - 1) & (rows % 2 == 1)
-    off_diagonal = xp.where(above, -sine, xp.where(below, sine, zero))
-    return xp.where(columns == rows, cosine, off_diagonal)
+    return block_diagonal(_blocks(tables.cosine, tables.sine))
+
+
+def block_diagonal(blocks: Array) -> Array:
+    """Return square blocks (..., k, 2, 2) on the diagonal of matrices (..., 2k, 2k).
+
+    Spec: ROPE-EQ15.
+    """
+    xp = array_namespace(blocks)
+    k = blocks.shape[-3]
+    diagonal = xp.eye(k, dtype=blocks.dtype, device=blocks.device)[:, None, :, None]
+    spread = blocks[..., :, :, None, :] * diagonal  # (..., k, 2, k, 2)
+    return xp.reshape(spread, (*blocks.shape[:-3], 2 * k, 2 * k))
+
+
+def _blocks(cosine: Array, sine: Array) -> Array:
+    """Return the 2x2 rotation of every entry of the tables, (..., 2, 2)."""
+    xp = array_namespace(cosine)
+    first, second = xp.stack([cosine, -sine], axis=-1), xp.stack([sine, cosine], axis=-1)
+    return xp.stack([first, second], axis=-2)
 
 
 @np.errstate(all="ignore")
@@ -222,12 +240,10 @@ def rope_by_matrix(
     Raises:
         RefattnError: as `rope`.
     """
-    sizes = _check_positions("rope_by_matrix", x, positions, per_item=False)
-    xp = array_namespace(x)
-    X = widen(x)
-    dtype = dtype_name(X)
-    R = rotation_matrix(positions, d=sizes["d"], base=base, variant=variant, dtype=dtype)
-    return narrow(xp.matmul(R, X[..., None])[..., 0], x)
+    tables = _tables("rope_by_matrix", x, positions, base, None, variant)
+    cosine, sine = _on_heads(x, tables)
+    R = block_diagonal(_blocks(cosine, sine))
+    return narrow(array_namespace(x).matmul(R, widen(x)[..., None])[..., 0], x)
 
 
 @np.errstate(all="ignore")
@@ -280,7 +296,78 @@ def rotate_plane(x: Array, positions: Array, *, frequency: float) -> Array:
     """
     tables = _plane_tables("rotate_plane", x, positions, frequency)
     xp = array_namespace(x)
-    cosine, sine = tables.cosine[..., 0], tables.sine[..., 0]
-    first, second = xp.stack([cosine, -sine], axis=-1), xp.stack([sine, cosine], axis=-1)
-    R = xp.stack([first, second], axis=-2)
+    R = _blocks(tables.cosine[..., 0], tables.sine[..., 0])
     return narrow(xp.matmul(R, widen(x)[..., None])[..., 0], x)
+
+
+def _plane_tables(function: str, x: Array, positions: Array, frequency: float) -> RopeTables:
+    """Return the tables of one frequency for points (..., n, 2)."""
+    check_floats(function, x=x)
+    positions = check_positions(function, x, positions)
+    if x.shape[-1] != 2 or len(positions.shape) != 1:
+        raise ShapeError(
+            f"x has {x.shape[-1]} features and positions have {len(positions.shape)} axes, but a "
+            f"plane has 2 features and (n,) 1 axis "
+            f"{describe(function, {'x': x, 'positions': positions})}"
+        )
+    return tables_of(positions, one_frequency(frequency), like=x, dtype=table_dtype(x))
+
+
+def table_dtype(x: Array) -> str:
+    """Return the computing dtype of x by name."""
+    return dtype_name(widen(x))
+
+
+def check_positions(function: str, x: Array, positions: Array) -> Array:
+    """Return positions as an array that fits x: (n,), or (b, n) for x of (b, ..., n, d).
+
+    Raises:
+        ShapeError: they fit no axis of x.
+    """
+    if not hasattr(positions, "shape"):
+        positions = array_namespace(x).asarray(positions)
+    check_shapes(function, x=(x, "... n d"), positions=(positions, "... n"))
+    axes = len(positions.shape)
+    if axes > 2 or (axes == 2 and (len(x.shape) < 3 or positions.shape[0] != x.shape[0])):
+        raise ShapeError(
+            f"positions have shape {tuple(positions.shape)}, but x of {tuple(x.shape)} needs (n,), "
+            f"or (b, n) where x is (b, ..., n, d) "
+            f"{describe(function, {'x': x, 'positions': positions})}"
+        )
+    return positions
+
+
+def _tables(
+    function: str,
+    x: Array,
+    positions: Array,
+    base: float,
+    rotary_dim: int | None,
+    variant: Variant | None,
+) -> RopeTables:
+    """Return the tables of x's positions in its computing dtype, after checking all."""
+    check_floats(function, x=x)
+    positions = check_positions(function, x, positions)
+    d = x.shape[-1]
+    r = d if rotary_dim is None else rotary_dim
+    where = describe(function, {"x": x, "positions": positions})
+    if r > d:
+        raise OptionError(f"rotary_dim is {r}, but x has d={d}; it must be at most that {where}")
+    if r < d and variant is not None and variant.get("kind") == "proportional":
+        raise OptionError(
+            f"rotary_dim is {r}, but variant proportional spans all d={d} features; give it "
+            f"partial_rotary_factor instead {where}"
+        )
+    frequencies = rope_frequencies(r, base=base, variant=variant)
+    return tables_of(positions, frequencies, like=x, dtype=table_dtype(x))
+
+
+def _on_heads(x: Array, tables: RopeTables) -> tuple[Array, Array]:
+    """Return tables (b, n, r/2) as (b, 1, ..., 1, n, r/2), one 1 for each axis between."""
+    cosine, sine = tables.cosine, tables.sine
+    if len(cosine.shape) == 2:
+        return cosine, sine
+    b, n, half = cosine.shape
+    shape = (b, *[1] * (len(x.shape) - 3), n, half)
+    xp = array_namespace(cosine)
+    return xp.reshape(cosine, shape), xp.reshape(sine, shape)

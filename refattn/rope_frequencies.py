@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal, localcontext
 from typing import Any, NamedTuple, TypeAlias
 
-from refattn.checks import OptionError, check_positive
+from refattn.checks import OptionError, check_finite, check_positive
 from refattn.rope_variants import Numbers, check_variant
 
 DIGITS = 100
@@ -81,12 +81,30 @@ def rope_frequencies(
     with localcontext(Context(prec=DIGITS)):
         theta = RULES[kind](Decimal(base), rotary_dim, numbers)
         factor = attention_factor(kind, numbers)
-    if max(theta) > LARGEST_FREQUENCY:
+    return RopeFrequencies(tuple(_limited(theta)), factor)
+
+
+def one_frequency(frequency: float) -> RopeFrequencies:
+    """Return a single given frequency, the real number that the float is.
+
+    Spec: ROPE-EQ12, OWN-ROPE5.
+
+    Raises:
+        OptionError: it is not finite, or beyond `LARGEST_FREQUENCY`.
+    """
+    check_finite("one_frequency", frequency=frequency)
+    return RopeFrequencies(tuple(_limited([Decimal(frequency)])), Decimal(1))
+
+
+def _limited(theta: list[Decimal]) -> list[Decimal]:
+    """Return frequencies, unless one is beyond `LARGEST_FREQUENCY`."""
+    largest = max(map(abs, theta))
+    if largest > LARGEST_FREQUENCY:
         raise OptionError(
-            f"the largest frequency is {max(theta):.3e} radians a token, but it must be at most "
-            f"{LARGEST_FREQUENCY:.0e} [{name}: base {base}, variant {kind}]"
+            f"the largest frequency is {largest:.3e} radians a token, but it must be at most "
+            f"{LARGEST_FREQUENCY:.0e} [rope_frequencies]"
         )
-    return RopeFrequencies(tuple(theta), factor)
+    return theta
 
 
 def geometric(base: Decimal, d: int, numbers: Numbers) -> list[Decimal]:

@@ -83,11 +83,13 @@ def rope_tables(
         DtypeError: positions are not integers, or dtype is no table's.
     """
     frequencies = rope_frequencies(rotary_dim, base=base, variant=variant)
-    return tables_of(positions, frequencies, dtype=dtype)
+    return tables_of(positions, frequencies, like=positions, dtype=dtype)
 
 
-def tables_of(positions: Array, frequencies: RopeFrequencies, *, dtype: str) -> RopeTables:
-    """Return the tables of given frequencies; see `rope_tables`.
+def tables_of(
+    positions: Array, frequencies: RopeFrequencies, *, like: Array, dtype: str
+) -> RopeTables:
+    """Return the tables of given frequencies, in the array library and on the device of `like`.
 
     Spec: OWN-ROPE3, OWN-ROPE5.
     """
@@ -98,9 +100,8 @@ def tables_of(positions: Array, frequencies: RopeFrequencies, *, dtype: str) -> 
     theta = np.asarray([round_decimal(t, dtype) for t in frequencies.theta], dtype)
     factor = np.asarray(round_decimal(frequencies.attention_factor, dtype), dtype)
     host = RopeTables(theta, factor, cosine.reshape(shape), sine.reshape(shape))
-    xp = array_namespace(positions)
-    device = getattr(positions, "device", None)
-    return RopeTables(*(xp.asarray(table, device=device) for table in host))
+    xp = array_namespace(like)
+    return RopeTables(*(xp.asarray(table, device=like.device) for table in host))
 
 
 def round_decimal(value: Decimal, dtype: str) -> float:
@@ -175,7 +176,8 @@ def _turns_a_token(theta: tuple[Decimal, ...]) -> tuple[Any, Any, Any]:
     words = []
     with localcontext(Context(prec=DIGITS)):
         for t in theta:
-            scaled = t / (2 * PI) % 1 * 2**96
+            turns = t / (2 * PI)
+            scaled = (turns - turns.to_integral_value(ROUND_FLOOR)) * 2**96
             whole = int(scaled.to_integral_value(ROUND_FLOOR))
             words.append((whole >> 32, whole & 0xFFFFFFFF, float(scaled - whole) * 2.0**-96))
     first, second, tail = zip(*words, strict=True)

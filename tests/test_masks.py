@@ -117,7 +117,7 @@ def test_an_unknown_alignment_is_refused(alignment):
 @pytest.mark.clause("OWN-WINDOW1")
 @pytest.mark.parametrize("window", [(-1, 0), (1,), (1, 2, 3), (0.5, 1)])
 def test_a_window_that_is_not_two_counts_is_refused(window):
-    with pytest.raises(OptionError, match="window is .* but it must be"):
+    with pytest.raises(OptionError, match=r"window is .* but it must be"):
         check_window("f", window)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from refattn.arrays import FLOATS
-from refattn.audit.capabilities import LAYOUTS, refusal
+from refattn.audit.capabilities import ANY, CONVENTIONS, LAYOUTS, refusal
 from refattn.audit.subject import Arrays, Subject
 from refattn.backends import cast_floats
 from refattn.bounds import PROFILES, profile_of
@@ -177,15 +177,14 @@ def _understood(
     subject: Subject, inputs: Arrays, options: dict[str, Any]
 ) -> tuple[Arrays, dict[str, Any]]:
     """Leave out what the subject does not take: gradients, false flags, fixed conventions."""
-    offered = subject.capabilities
-    backward = _backward(subject, inputs)
-    if not backward:
+    made = subject.capabilities.conventions
+    if not _backward(subject, inputs):
         inputs = {n: a for n, a in inputs.items() if n not in ("d_output", "d_logsumexp")}
-    fixed = {axis for axis, made in offered.conventions.items() if made != "any"}
+    chosen = {axis: choices[0] for axis, choices in CONVENTIONS.items()} | options
     options = {
         name: value
-        for name, value in options.items()
-        if value is not False and name not in fixed and value is not None
+        for name, value in chosen.items()
+        if value is not False and (name not in CONVENTIONS or made.get(name) == ANY)
     }
     return inputs, options
 
@@ -235,6 +234,9 @@ def _evidence(id_: str, result: Result) -> tuple[str, list[OutputVerdict]]:
     if result.status == NOT_RUN or not result.outputs:
         return result.status, []
     proof = [verdict for verdict in result.outputs if _proves(id_, verdict.name)]
+    bad = [verdict.name for verdict in result.outputs if not verdict.ok]
+    if bad and not any(_proves(clause, name) for clause in result.clauses for name in bad):
+        return FAIL, list(result.outputs)  # a failure that no clause of the case owns is all's
     if not proof:
         return NOT_RUN, []
     return (PASS if all(verdict.ok for verdict in proof) else FAIL), proof

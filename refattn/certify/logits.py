@@ -78,14 +78,13 @@ def exact_logit(x: Logits, i: int, j: int) -> fmpq | None:
     if j == len(x.raw[i]):
         return rational(x.sink or 0.0)
     raw, bias = fmpq(x.raw[i][j]) * power(x.raw_e), _bias(x, i, j)
-    if x.softcap is not None:
-        inner = raw if not x.bias_first else raw * (x.scale.exact or 1) + bias
-        if x.bias_first and x.scale.exact is None:
-            return fmpq(0) if raw == 0 and bias == 0 else None
-        return (fmpq(0) if x.bias_first else bias) if inner == 0 else None
-    if x.scale.exact is not None:
+    if x.softcap is not None and x.bias_first:
+        return fmpq(0) if _sum_identity(x, i, j) == (fmpq(0), fmpq(0)) else None
+    if raw == 0:
+        return bias
+    if x.softcap is None and x.scale.exact is not None:
         return raw * x.scale.exact + bias
-    return bias if raw == 0 else None
+    return None
 
 
 def _inner(x: Logits, i: int, j: int, scale: arb) -> arb:

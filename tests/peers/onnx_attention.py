@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from refattn.rope import rotate
 
 from refattn.attention import attention, attention_weights, linear_bias, scaled_logits, soften
-from refattn.multihead import merge_heads, split_heads
 from refattn.options import resolve
+from refattn.projections import merge_heads, split_heads
+from refattn.rope import rotate
 
 Arrays = dict[str, np.ndarray]
 
@@ -39,6 +39,24 @@ OUTPUTS = {
 """Names of a node's outputs, likewise."""
 
 
+ATTRIBUTES = {
+    "is_causal",
+    "kv_num_heads",
+    "left_window_size",
+    "q_num_heads",
+    "qk_matmul_output_mode",
+    "right_window_size",
+    "scale",
+    "softcap",
+    "softmax_precision",
+}
+"""Attributes of Attention that are understood; any other is refused.
+
+softmax_precision asks for a dtype at least as wide as the inputs': the reference computes 16-bit
+inputs in float32 (OWN-ROUND1) and rounds once, so it has nothing left to do.
+"""
+
+
 def node_inputs(node: Any, values: list[np.ndarray]) -> Arrays:
     """Return the inputs of a node by the names of its schema; omitted ones are absent."""
     present = [n for n, given in zip(INPUTS[node.op_type], node.input, strict=False) if given]
@@ -47,6 +65,7 @@ def node_inputs(node: Any, values: list[np.ndarray]) -> Arrays:
 
 def run_attention(inputs: Arrays, attributes: Mapping[str, Any], **conventions: Any) -> Arrays:
     """Run an Attention node: Y, present_key, present_value and qk_matmul_output."""
+    assert set(attributes) <= ATTRIBUTES, f"an unknown attribute: {set(attributes) - ATTRIBUTES}"
     query, key, value, flat = _heads(inputs, attributes)
     if "past_key" in inputs:
         key = np.concat([inputs["past_key"], key], axis=-2)
@@ -91,7 +110,7 @@ def run_rotary(inputs: Arrays, attributes: Mapping[str, Any]) -> np.ndarray:
     x = inputs["input"]
     flat = x.ndim == 3
     if flat:
-        x = split_heads(x, heads=attributes["num_heads"])
+        x = split_heads(x, attributes["num_heads"])
     cosine, sine = inputs["cos_cache"], inputs["sin_cache"]
     if "position_ids" in inputs:
         cosine, sine = cosine[inputs["position_ids"]], sine[inputs["position_ids"]]
@@ -109,9 +128,9 @@ def _heads(
         return query, key, value, False
     heads, key_heads = attributes["q_num_heads"], attributes["kv_num_heads"]
     return (
-        split_heads(query, heads=heads),
-        split_heads(key, heads=key_heads),
-        split_heads(value, heads=key_heads),
+        split_heads(query, heads),
+        split_heads(key, key_heads),
+        split_heads(value, key_heads),
         True,
     )
 

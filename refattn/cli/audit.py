@@ -1,0 +1,126 @@
+"""`refattn audit`: the verdict on somebody's attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from refattn.audit.subject import Subject
+
+app = typer.Typer(rich_markup_mode=None)
+
+Words = list[str]
+
+
+@app.command()
+def audit(
+    subject: Annotated[
+        str,
+        typer.Argument(help="module:function, or torch-sdpa, onnxruntime, jax, keras."),
+    ],
+    clause: Annotated[Words, typer.Option(help="Only vectors of this clause.")] = [],  # noqa: B006
+    flag: Annotated[Words, typer.Option(help="Only vectors with this flag.")] = [],  # noqa: B006
+    dtype: Annotated[Words, typer.Option(help="Only this dtype.")] = [],  # noqa: B006
+    profile: Annotated[
+        str, typer.Option(help="Declared precision, such as tf32; that of the dtype if absent.")
+    ] = "",
+    capability: Annotated[Words, typer.Option(help="A further feature it has.")] = [],  # noqa: B006
+    convention: Annotated[  # noqa: B006
+        Words, typer.Option(metavar="AXIS=CHOICE", help="Its choice where papers leave one.")
+    ] = [],
+    layout: Annotated[str, typer.Option(help="Order of its axes: bhnd or bnhd.")] = "",
+    pack: Annotated[Path | None, typer.Option(help="A pack; the core pack if absent.")] = None,
+    json_file: Annotated[
+        str, typer.Option("--json", metavar="FILE", help="Write JSON to a file; - is stdout.")
+    ] = "",
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a .md or .html report.")
+    ] = None,
+) -> None:
+    """Judge an implementation of attention against certified values, clause by clause."""
+    from refattn.audit import judge_subject
+    from refattn.audit.subject import load_subject
+
+    write = _writer(report)
+    loaded = load_subject(
+        subject,
+        capabilities=tuple(capability),
+        conventions=dict(_pair(text) for text in convention),
+        layout=layout or None,
+        dtypes=tuple(dtype),
+    )
+    data = _run(judge_subject, loaded, pack, clause, flag, profile)
+    if report is not None and write is not None:
+        _save(report, write(data))
+    _print(data, json_file)
+    raise typer.Exit(0 if data["ok"] else 1)
+
+
+def _run(
+    judge_subject: Any, subject: Subject, pack: Path | None, clauses: Words, flags: Words, prof: str
+) -> dict[str, Any]:
+    """Run the audit behind a bar and return the report's data."""
+    from refattn.cli.out import progress
+
+    data: dict[str, Any] = judge_subject(
+        subject, pack=pack, clauses=clauses, flags=flags, profile=prof, watch=progress
+    )
+    return data
+
+
+def _print(data: dict[str, Any], json_file: str) -> None:
+    """Print the report, or the JSON if it goes to stdout."""
+    import json
+
+    from refattn.audit.report import HEAD, clause_rows, findings, headline, precision
+    from refattn.cli.out import plain, print_json, print_table
+
+    if json_file == "-":
+        print_json(data)
+        return
+    if json_file:
+        _save(Path(json_file), json.dumps(plain(data), indent=2, ensure_ascii=False) + "\n")
+    print_table(HEAD, clause_rows(data))
+    for finding in findings(data):
+        print(f"finding: {finding}")
+    for why, n in data["not_run_reasons"].items():
+        print(f"not run: {n} runs: {why}")
+    print(precision(data))
+    print(headline(data))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """Return the axis and the choice of `axis=choice`."""
+    from refattn.errors import RefattnError
+
+    axis, equals, choice = text.partition("=")
+    if not equals:
+        raise RefattnError(f"convention is {text}, but it must be of the form axis=choice")
+    return axis, choice
+
+
+def _writer(report: Path | None) -> Any:
+    """Return the function that makes the text of a report file, before anything is run."""
+    from refattn.errors import RefattnError
+
+    if report is None:
+        return None
+    from refattn.audit.report import as_html, as_markdown
+
+    writers = {".md": as_markdown, ".html": as_html}
+    if report.suffix not in writers:
+        raise RefattnError(f"report is {report.name}, but its name must end in .md or .html")
+    return writers[report.suffix]
+
+
+def _save(path: Path, text: str) -> None:
+    """Write a file."""
+    from refattn.errors import RefattnError
+
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise RefattnError(f"{path} cannot be written: {error.strerror}") from error
