@@ -143,7 +143,7 @@ def _multihead(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str,
     cotangent, forward = _split(inputs, "d_output")
     outputs = {"output": _call("multihead.multihead_attention", **forward, **options)[""]}
     if cotangent:
-        backward = "multihead.multihead_attention_backward"
+        backward = "multihead_backward.multihead_attention_backward"
         outputs |= _call(backward, **cotangent, **forward, **options)
     return outputs
 
@@ -181,7 +181,8 @@ def _score(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any
 
 
 def _rope_decay(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
-    decay = _call("rope.rope_decay", inputs["distances"], **options)[""]
+    computing = "float64" if dtype == "float64" else "float32"
+    decay = _call("rope_decay.rope_decay", inputs["distances"], dtype=computing, **options)[""]
     return {"decay": cast_floats(decay, dtype)}
 
 

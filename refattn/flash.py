@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from refattn.arrays import Array, array_namespace, narrow, widen
 from refattn.checks import check_counts
 from refattn.dropout import drop_weights
@@ -23,7 +25,6 @@ from refattn.tiles import (
     kept_cells,
     masking,
     product_over_allowed,
-    read_rows,
     shift,
     spans,
 )
@@ -83,6 +84,7 @@ def block_sizes(*, sram: int, d: int) -> BlockSizes:
     return BlockSizes(block_rows=min(B_c, d), block_cols=B_c)
 
 
+@np.errstate(all="ignore")
 def flash_attention(
     query: Array,
     key: Array,
@@ -124,6 +126,7 @@ def flash_attention(
     return _result(last, query)  # line 16
 
 
+@np.errstate(all="ignore")
 def tile_states(
     query: Array,
     key: Array,
@@ -194,6 +197,7 @@ def _outer_steps(
         yield _State(join(m, state.m), join(l, state.l), join(O, state.O))
 
 
+@np.errstate(all="ignore")
 def flash_attention_forward(
     query: Array,
     key: Array,
@@ -210,7 +214,8 @@ def flash_attention_forward(
 ) -> FlashResult:
     """Attend by tiles with scale, mask and dropout, as the paper's full listing does.
 
-    Spec: FA1-ALG2 lines 1-19, OWN-SCALE1, OWN-DROPOUT1, OWN-LSE1, OWN-ROUND1. Differs: OWN-EMPTY1.
+    Spec: FA1-ALG2 lines 1-19, OWN-SCALE1, OWN-MASK1, OWN-CAUSAL1, OWN-DROPOUT1, OWN-LSE1,
+    OWN-POISON1, OWN-ROUND1. Differs: OWN-EMPTY1.
 
         O = dropout(softmax(MASK(τ Q Kᵀ))) V
 
@@ -285,7 +290,6 @@ def masked_scores(Q_i: Array, K_j: Array, allowed: Array, tau: float) -> Array:
         S_ij = MASK(τ Q_i K_jᵀ)
     """
     xp = array_namespace(Q_i)
-    Q_i, K_j = read_rows(Q_i, allowed), read_rows(K_j, xp.matrix_transpose(allowed))
     S_ij = tau * (Q_i @ xp.matrix_transpose(K_j))
     return xp.where(allowed, S_ij, xp.full_like(S_ij, -float("inf")))
 

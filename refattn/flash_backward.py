@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from refattn.arrays import Array, array_namespace, narrow, widen
 from refattn.checks import DtypeError, check_counts, check_floats, check_shapes, describe
 from refattn.dropout import drop_weights
@@ -23,7 +25,6 @@ from refattn.tiles import (
     kept_cells,
     masking,
     product_over_allowed,
-    read_rows,
     shift,
     spans,
 )
@@ -37,6 +38,7 @@ class FlashGradients(NamedTuple):
     d_value: Array
 
 
+@np.errstate(all="ignore")
 def flash_attention_backward(
     d_output: Array,
     query: Array,
@@ -57,7 +59,8 @@ def flash_attention_backward(
 ) -> FlashGradients:
     """Return the gradients of `flash_attention_forward` from its output and its statistics.
 
-    Spec: FA1-ALG4 lines 1-26, OWN-SCALE1, OWN-DROPOUT1, OWN-ROUND1. Differs: OWN-EMPTY1.
+    Spec: FA1-ALG4 lines 1-26, OWN-SCALE1, OWN-MASK1, OWN-CAUSAL1, OWN-DROPOUT1, OWN-POISON1,
+    OWN-ROUND1. Differs: OWN-EMPTY1.
 
         dV = P_droppedᵀ dO,  dP = (dO Vᵀ) ∘ Z,  dS = P ∘ (dP - D),  D_i = Σ_d dO_id O_id
         dQ = τ dS K,  dK = τ dSᵀ Q
@@ -147,7 +150,6 @@ def _weight_gradient(dO_i: Array, V_j: Array, allowed: Array) -> Array:
         dP_ij = dO_i V_jᵀ
     """
     xp = array_namespace(dO_i)
-    dO_i, V_j = read_rows(dO_i, allowed), read_rows(V_j, xp.matrix_transpose(allowed))
     dP_ij = dO_i @ xp.matrix_transpose(V_j)
     return xp.where(allowed, dP_ij, xp.zeros_like(dP_ij))
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refattn.arrays import Array, array_namespace, narrow, widen
-from refattn.checks import check_floats, check_option, check_shapes
+from refattn.checks import ShapeError, check_floats, check_option, check_shapes, describe
 
 GRANULARITIES = ("token", "example", "batch")
 """Over what a head's sensitivity is summed before its absolute value is taken."""
@@ -46,18 +46,21 @@ def head_importance(
         order (layers·h,) int64: flat indices, the least important first.
 
     Raises:
-        ShapeError: the two shapes differ, or there is no example or no row.
+        ShapeError: the two shapes differ, or a size is zero.
         DtypeError: a dtype is not floating, or the two differ.
         OptionError: granularity has no such name.
     """
     check_option("head_importance", "granularity", granularity, GRANULARITIES)
     shape = "layers x h n d"
-    check_shapes(
-        "head_importance",
-        head_outputs=(head_outputs, shape),
-        d_head_outputs=(d_head_outputs, shape),
-    )
-    check_floats("head_importance", head_outputs=head_outputs, d_head_outputs=d_head_outputs)
+    arrays = {"head_outputs": head_outputs, "d_head_outputs": d_head_outputs}
+    sizes = check_shapes("head_importance", **{name: (a, shape) for name, a in arrays.items()})
+    for letter, size in sizes.items():
+        if size == 0:
+            raise ShapeError(
+                f"{letter} is 0, but every size must be at least 1 "
+                f"{describe('head_importance', arrays)}"
+            )
+    check_floats("head_importance", **arrays)
     xp = array_namespace(head_outputs)
     d_xi = xp.sum(widen(head_outputs) * widen(d_head_outputs), axis=-1)  # (layers, x, h, n)
     if granularity == "token":

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from refattn.arrays import Array, array_namespace, narrow, widen
 from refattn.checks import DtypeError, ShapeError, check_floats, check_shapes, describe
 from refattn.tiles import check_lead, divisor, shift
@@ -28,6 +30,7 @@ class PartState(NamedTuple):
     output: Array
 
 
+@np.errstate(all="ignore")
 def merge(outputs: Array, logsumexps: Array) -> MergeResult:
     """Merge the results of attention over parts of the keys.
 
@@ -59,6 +62,7 @@ def merge(outputs: Array, logsumexps: Array) -> MergeResult:
     return MergeResult(narrow(O, outputs), (top + xp.log(total))[..., 0])
 
 
+@np.errstate(all="ignore")
 def merge_states(first: PartState, second: PartState) -> PartState:
     """Merge the states of two parts of the keys; associative, and the order does not matter.
 

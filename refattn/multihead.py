@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refattn.arrays import Array, array_namespace, narrow, widen
+from refattn.arrays import Array, narrow, widen
 from refattn.attention import attention
 from refattn.checks import check_floats, check_shapes
 from refattn.options import AttentionOptions

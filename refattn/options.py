@@ -145,7 +145,7 @@ def resolve(
     lengths = {name: options.get(name) for name in ("query_lengths", "key_lengths")}
     offset = position_offset(function, n_q, n_k, alignment=options["alignment"], **lengths, xp=xp)
     _check_offset(function, query, offset)
-    _check_memory(function, query, sizes)
+    check_memory(function, query, sizes)
     bias = options.get("bias")
     bias = None if bias is None else widen(bias)
     allowed = allowed_pairs(
@@ -302,7 +302,7 @@ def _check_broadcast(
         )
 
 
-def _check_memory(function: str, query: Array, sizes: dict[str, int]) -> None:
+def check_memory(function: str, query: Array, sizes: dict[str, int]) -> None:
     """Refuse a materialised n_q x n_k problem that does not fit (OWN-MEMORY1)."""
     import psutil
 

@@ -28,7 +28,7 @@ TABLE_DTYPES = ("float64", "float32")
 TAU_HIGH = 2 * math.pi
 """2π rounded to binary64."""
 
-TAU_LOW = float(2 * PI - Decimal(TAU_HIGH))
+TAU_LOW = float(Context(prec=DIGITS).fma(2, PI, -Decimal(TAU_HIGH)))
 """What `TAU_HIGH` lacks of 2π."""
 
 SPLITTER = 134217729.0
@@ -161,22 +161,23 @@ def _rounded_tables(m: Any, frequencies: RopeFrequencies, dtype: str) -> tuple[A
 def _cosine_sine(m: Any, theta: tuple[Decimal, ...]) -> tuple[Any, Any]:
     """Return cos and sin of m θ in float64, (n, d/2).
 
-    The angle is quadrant · π/2 + a + b with |a| ≤ π/4 and b far below the last bit of a.
+    |m θ| is quadrant · π/2 + a + b with |a| ≤ π/4 and |b| < 2^-52.
     """
     quadrant, a, b = _reduced_angles(np.abs(m)[:, None], *_turns_a_token(theta))
     cos_a, sin_a = np.cos(a), np.sin(a)
     cos, sin = cos_a - sin_a * b, sin_a + cos_a * b
     cosine = np.choose(quadrant, [cos, -sin, -cos, sin])
     sine = np.choose(quadrant, [sin, cos, -sin, -cos])
-    return cosine, np.where(m[:, None] < 0, -sine, sine)
+    negative = (m < 0)[:, None] ^ np.asarray([t < 0 for t in theta])
+    return cosine, np.where(negative, -sine, sine)
 
 
 def _turns_a_token(theta: tuple[Decimal, ...]) -> tuple[Any, Any, Any]:
-    """Return θ/(2π) modulo 1 as words of 64 and of 32 bits and a binary64 below 2^-96."""
+    """Return |θ|/(2π) modulo 1 as words of 64 and of 32 bits and a binary64 below 2^-96."""
     words = []
     with localcontext(Context(prec=DIGITS)):
         for t in theta:
-            turns = t / (2 * PI)
+            turns = abs(t) / (2 * PI)
             scaled = (turns - turns.to_integral_value(ROUND_FLOOR)) * 2**96
             whole = int(scaled.to_integral_value(ROUND_FLOOR))
             words.append((whole >> 32, whole & 0xFFFFFFFF, float(scaled - whole) * 2.0**-96))

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from refattn.arrays import Array, array_namespace, narrow, widen
 from refattn.checks import check_floats, check_shapes
 from refattn.flash_backward import FlashGradients
+from refattn.options import check_memory
 from refattn.tiles import check_lead, check_operands
 
 
@@ -22,12 +25,13 @@ class StandardResult(NamedTuple):
     output: Array
 
 
+@np.errstate(all="ignore")
 def standard_attention(
     query: Array, key: Array, value: Array, *, scale: float = 1.0
 ) -> StandardResult:
     """Attend with the matrices of scores and of weights materialised.
 
-    Spec: FA1-S22, FA1-ALG0 lines 1-4, FA1-S31, OWN-ROUND1.
+    Spec: FA1-S22, FA1-ALG0 lines 1-4, FA1-S31, OWN-ROUND1, OWN-MEMORY1.
 
         S = τ Q Kᵀ,  P = softmax(S) by rows,  O = P V
 
@@ -46,8 +50,10 @@ def standard_attention(
         ShapeError: shapes do not fit.
         DtypeError: dtypes are not floating or differ.
         OptionError: the scale is not finite.
+        MemoryLimitError: the (n_q, n_k) matrices do not fit into the free memory.
     """
-    check_operands("standard_attention", query, key, value, scale=scale, keys=1)
+    sizes = check_operands("standard_attention", query, key, value, scale=scale, keys=1)
+    check_memory("standard_attention", query, sizes)
     xp = array_namespace(query)
     Q, K, V = widen(query), widen(key), widen(value)
     S = scale * (Q @ xp.matrix_transpose(K))  # line 1
@@ -57,6 +63,7 @@ def standard_attention(
     return StandardResult(S, P, narrow(O, query))  # line 4
 
 
+@np.errstate(all="ignore")
 def standard_attention_backward(
     d_output: Array,
     query: Array,
@@ -68,7 +75,7 @@ def standard_attention_backward(
 ) -> FlashGradients:
     """Return the gradients of `standard_attention` from its materialised weights.
 
-    Spec: FA1-ALG3 lines 1-6, OWN-ROUND1.
+    Spec: FA1-ALG3 lines 1-6, OWN-ROUND1, OWN-MEMORY1.
 
         dV = Pᵀ dO,  dP = dO Vᵀ,  dS_ij = P_ij (dP_ij - Σ_l P_il dP_il),  dQ = τ dS K,  dK = τ dSᵀ Q
 
@@ -89,9 +96,10 @@ def standard_attention_backward(
         ShapeError: shapes do not fit.
         DtypeError: dtypes are not what the forward pass takes and returns.
         OptionError: the scale is not finite.
+        MemoryLimitError: the (n_q, n_k) matrices do not fit into the free memory.
     """
     function = "standard_attention_backward"
-    check_operands(function, query, key, value, scale=scale, keys=1)
+    check_memory(function, query, check_operands(function, query, key, value, scale=scale, keys=1))
     arrays = {"query": query, "d_output": d_output, "weights": weights}
     check_shapes(
         function,

@@ -177,22 +177,6 @@ def kept_cells(rules: Masking, rows: slice, cols: slice) -> Array | None:
     return None if rules.keep is None else rules.keep[..., rows, cols]
 
 
-def read_rows(block: Array, allowed: Array) -> Array:
-    """Return the rows of a block that some allowed cell of the tile reads, the others as 0.
-
-    Spec: OWN-POISON1.
-
-    Args:
-        block: (..., r, d).
-        allowed: (..., r, c), bool: row r of the block stands for row r of the tile.
-
-    Returns:
-        block: (..., r, d).
-    """
-    xp = array_namespace(block)
-    return xp.where(xp.any(allowed, axis=-1)[..., None], block, xp.zeros_like(block))
-
-
 def product_over_allowed(weights: Array, block: Array, allowed: Array) -> Array:
     """Return a matrix product whose sums run over the allowed cells only.
 

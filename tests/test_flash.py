@@ -8,10 +8,10 @@ import array_api_strict
 import ml_dtypes
 import numpy as np
 import pytest
-from direct_attention import direct, tiles_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from direct_attention import direct, tiles_of
 from refattn.checks import DtypeError, OptionError, ShapeError
 from refattn.flash import (
     block_sizes,
@@ -121,7 +121,7 @@ def test_the_last_state_is_the_result():
 
 
 @pytest.mark.clause("FA1-THM1")
-def test_tiles_of_queries_leave_every_bit_unchanged():
+def test_tiles_of_queries_leave_the_statistics_unchanged_to_the_bit():
     query, key, value = (np.round(64 * x) / 64 for x in draw(5))  # products exact in any order
     whole = tile_states(query, key, value, block_rows=N_Q, block_cols=6)
     for block_rows in (1, 4, 12, 50):
@@ -520,7 +520,9 @@ def test_bad_rules_are_refused_in_one_sentence(options, error, sentence):
 
 
 @pytest.mark.clause("FA1-ALG1")
-@pytest.mark.parametrize("sizes", [{"sram": 0, "d": 3}, {"sram": 64, "d": 0}, {"sram": 1.5, "d": 1}])
+@pytest.mark.parametrize(
+    "sizes", [{"sram": 0, "d": 3}, {"sram": 64, "d": 0}, {"sram": 1.5, "d": 1}]
+)
 def test_block_sizes_refuse_what_is_no_count(sizes):
     with pytest.raises(OptionError, match="must be an integer of at least 1"):
         block_sizes(**sizes)

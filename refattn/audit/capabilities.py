@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from refattn.arrays import FLOATS
+from refattn.backends import OPS
 from refattn.errors import RefattnError
 from refattn.masks import position_offset
 from refattn.vectors.pack import Case
@@ -23,18 +25,38 @@ FEATURES = {
     "causal": "has a causal mask",
     "window": "has sliding windows",
     "softcap": "has a softcap",
-    "slopes": "has ALiBi slopes",
+    "alibi": "takes ALiBi slopes",
     "sinks": "has sinks",
-    "key_lengths": "takes the valid length of each item's keys",
-    "query_lengths": "takes the valid length of each item's queries",
-    "keep": "takes dropout's keep mask",
+    "lengths": "takes the valid lengths of each batch item",
+    "dropout": "takes dropout's keep mask",
     "grouped_heads": "takes fewer key-value heads than query heads",
-    "value_width": "takes values of another width than keys",
-    "logsumexp": "returns the logsumexp",
+    "value_size": "takes values of another width than keys",
+    "cross_lengths": "takes another number of keys than of queries",
     "backward": "returns gradients",
-    "d_logsumexp": "takes a gradient of the logsumexp",
+    "logsumexp_gradient": "takes a gradient of the logsumexp",
+    "logsumexp": "returns the logsumexp",
 }
-"""Capabilities by name; those that are options of attention carry the option's name."""
+"""Capabilities by the words of a case's `requires`; the last one no case requires."""
+
+SHOWN_BY = {
+    "scale": "scale",
+    "mask": "mask",
+    "bias": "bias",
+    "causal": "causal",
+    "window": "window",
+    "softcap": "softcap",
+    "slopes": "alibi",
+    "sinks": "sinks",
+    "key_lengths": "lengths",
+    "query_lengths": "lengths",
+    "keep": "dropout",
+    "d_output": "backward",
+    "d_logsumexp": "logsumexp_gradient",
+}
+"""The capability that an argument's name in a signature shows."""
+
+GRADIENTS = frozenset({"backward", "logsumexp_gradient"})
+"""Features without which the forward half of a case can still be run."""
 
 CONVENTIONS: dict[str, tuple[str, ...]] = {
     "alignment": ("top_left", "bottom_right"),
@@ -76,8 +98,10 @@ class Capabilities:
         _known("capability", self.features, FEATURES)
         _known("convention", self.conventions, CONVENTIONS)
         _known("layout", [self.layout], LAYOUTS)
+        _known("dtype", self.dtypes, FLOATS)
+        _known("op", self.ops, OPS)
         for axis, choice in self.conventions.items():
-            _known(f"{axis}", [choice], (*CONVENTIONS[axis], ANY))
+            _known(axis, [choice], (*CONVENTIONS[axis], ANY))
 
 
 def refusal(case: Case, dtype: str, offered: Capabilities) -> str:
@@ -94,10 +118,11 @@ def refusal(case: Case, dtype: str, offered: Capabilities) -> str:
         return f"dtype {dtype} is not offered"
     if case.op != "attention":
         return ""
-    needed = features(case)
+    needed = frozenset(case.requires) - GRADIENTS
     missing = sorted(needed - offered.features)
     if missing:
-        return f"{missing[0]} is not offered: nothing says that the subject {FEATURES[missing[0]]}"
+        word = missing[0]
+        return f"{word} is not offered: the subject does not say that it {FEATURES.get(word, word)}"
     for pair in offered.exclusive:
         if pair <= needed:
             return f"{' and '.join(sorted(pair))} together are not offered"
@@ -110,36 +135,24 @@ def refusal(case: Case, dtype: str, offered: Capabilities) -> str:
     return ""
 
 
-def features(case: Case) -> frozenset[str]:
-    """Return the capabilities that a case of attention cannot do without."""
-    given = {**case.inputs, **case.parameters}
-    found = {name for name in FEATURES if name in given and given[name] is not False}
-    query, key, value = (case.inputs[name] for name in ("query", "key", "value"))
-    if query.shape[1] != key.shape[1]:
-        found.add("grouped_heads")
-    if value.shape[-1] != key.shape[-1]:
-        found.add("value_width")
-    return frozenset(found - {"d_logsumexp"})
-
-
 def conventions(case: Case) -> dict[str, Any]:
     """Return the choices that decide a case of attention, and only those.
 
     An alignment decides nothing without a rule of positions, a head map nothing without groups,
     and so on: a subject that chose otherwise still gets such a case right.
     """
-    inputs, parameters = case.inputs, case.parameters
+    inputs = case.inputs
     heads, key_heads = inputs["query"].shape[1], inputs["key"].shape[1]
-    placed = "slopes" in inputs or parameters.get("causal") or "window" in parameters
+    placed = bool({"alibi", "causal", "window"} & set(case.requires))
     added = "slopes" in inputs or "bias" in inputs
     unreadable = not all(np.isfinite(inputs[name]).all() for name in ("key", "value"))
     decides = {
         "alignment": placed,
-        "softcap_order": "softcap" in parameters and added,
+        "softcap_order": "softcap" in case.requires and added,
         "distance": "slopes" in inputs,
         "head_map": 1 < key_heads < heads,
         "empty_row": bool(np.isneginf(case.outputs["logsumexp"]).any()),
-        "masked": unreadable and bool({"mask", "bias", "key_lengths"} & set(inputs) or placed),
+        "masked": unreadable and (placed or bool({"mask", "bias", "lengths"} & set(case.requires))),
     }
     return {
         axis: case.conventions.get(axis, CONVENTIONS[axis][0])

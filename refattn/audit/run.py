@@ -24,6 +24,9 @@ from refattn.vectors.pack import Case
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
 """The outcomes."""
 
+TIGHTEST_FIRST = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp16_accumulate")
+"""Profiles in the order in which the measured precision is looked for."""
+
 HEADED = ("query", "key", "value", "d_output", "output", "d_query", "d_key", "d_value")
 """Tensors that the layout of a subject reorders."""
 
@@ -123,13 +126,13 @@ def run_case(subject: Subject, case: Case, dtype: str, profile: str) -> Result:
     except Exception as error:
         message = " ".join(str(error).split())[:300]
         return Result(*about, FAIL, f"{type(error).__name__}: {message}", met=frozenset())
+    if not outputs:
+        return Result(*about, FAIL, "it returned nothing", met=frozenset())
     judged = _judged(subject, case, outputs)
-    if not judged.outputs:
-        return Result(*about, FAIL, f"returned {', '.join(outputs) or 'nothing'}, but no output")
     verdict = judge(judged, outputs, profile)
     met = frozenset(p for p in PROFILES if p in case.bounds and judge(judged, outputs, p).ok)
     first = next((v for v in verdict.outputs if not v.ok), None)
-    reason = sentence(first) if first else ""
+    reason = first.reason if first else ""
     return Result(*about, FAIL if first else PASS, reason, tuple(verdict.outputs), met)
 
 
@@ -150,13 +153,8 @@ def measured(results: Sequence[Result]) -> dict[str, str]:
         passed = [r.met for r in results if r.dtype == dtype and r.status == PASS]
         if passed:
             shared = frozenset.intersection(*passed)
-            found[dtype] = next((p for p in PROFILES if p in shared), "none")
+            found[dtype] = next((p for p in TIGHTEST_FIRST if p in shared), "none")
     return found
-
-
-def sentence(verdict: OutputVerdict) -> str:
-    """Return what is wrong with one output, in one sentence."""
-    return f"{verdict.name}: {verdict.reason}"
 
 
 def _call(subject: Subject, case: Case, dtype: str) -> Arrays:
@@ -169,7 +167,11 @@ def _call(subject: Subject, case: Case, dtype: str) -> Arrays:
     permuted = {name: _permute(name, array, offered.layout) for name, array in inputs.items()}
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
+        before = {name: array.tobytes() for name, array in permuted.items()}
         returned = subject.run(permuted, options)
+    for name, array in permuted.items():
+        if array.tobytes() != before[name]:
+            raise RefattnError(f"it changed its input {name}")
     return {name: _permute(name, np.asarray(a), offered.layout) for name, a in returned.items()}
 
 
@@ -192,13 +194,19 @@ def _understood(
 def _backward(subject: Subject, inputs: Arrays) -> bool:
     """Return whether the gradients of a case can be asked of a subject."""
     features = subject.capabilities.features
-    return "backward" in features and ("d_logsumexp" not in inputs or "d_logsumexp" in features)
+    return "backward" in features and (
+        "d_logsumexp" not in inputs or "logsumexp_gradient" in features
+    )
 
 
 def _judged(subject: Subject, case: Case, outputs: Arrays) -> Case:
     """Return the case with those of its expected outputs that the subject owes or returned."""
     owed = {"output"} if case.op == "attention" else set(case.outputs)
-    if case.op == "attention" and _backward(subject, dict(case.inputs)) and "d_output" in case.inputs:
+    if (
+        case.op == "attention"
+        and _backward(subject, dict(case.inputs))
+        and "d_output" in case.inputs
+    ):
         owed |= {"d_query", "d_key", "d_value"}
     if "logsumexp" in subject.capabilities.features:
         owed.add("logsumexp")
@@ -224,7 +232,7 @@ def _clause_verdict(id_: str, results: Sequence[Result]) -> ClauseVerdict:
         counts[status] += 1
         ratio = max([ratio, *(verdict.ratio for verdict in proof)])
         if status == FAIL and not finding:
-            bad = next((sentence(v) for v in proof if not v.ok), result.reason)
+            bad = next((v.reason for v in proof if not v.ok), result.reason)
             finding = f"{bad} [{result.case_id}, {result.dtype}, {result.profile}]"
     return ClauseVerdict(id_, counts[PASS], counts[FAIL], counts[NOT_RUN], ratio, finding)
 

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refattn.arrays import FLOATS
-from refattn.audit.capabilities import ANY, CONVENTIONS, FEATURES, Capabilities
+from refattn.audit.capabilities import ANY, CONVENTIONS, SHOWN_BY, Capabilities
 from refattn.errors import RefattnError
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -114,12 +113,13 @@ def inferred(function: Callable[..., Any]) -> Capabilities:
     try:
         names = set(inspect.signature(function).parameters)
     except (TypeError, ValueError):
-        return Capabilities()
-    features = {name for name in FEATURES if name in names}
-    features |= {"backward"} & {"backward" for name in names if name == "d_output"}
+        names = set()
+    features = {feature for name, feature in SHOWN_BY.items() if name in names}
     defaults = {axis: choices[0] for axis, choices in CONVENTIONS.items()}
     taken = {axis: ANY for axis in CONVENTIONS if axis in names}
-    return Capabilities(features=frozenset(features), conventions={**defaults, **taken})
+    return Capabilities(
+        features=frozenset({"cross_lengths", *features}), conventions={**defaults, **taken}
+    )
 
 
 def declaration(declared: Any, name: str) -> Capabilities:
@@ -135,9 +135,6 @@ def declaration(declared: Any, name: str) -> Capabilities:
             raise RefattnError(
                 f"{DECLARATION} of {name} has {key}, but its keys are {', '.join(FIELDS)}"
             )
-    for dtype in declared.get("dtypes", ()):
-        if dtype not in FLOATS:
-            raise RefattnError(f"{DECLARATION} of {name} has dtype {dtype}, not one of {FLOATS}")
     base = Capabilities()
     return Capabilities(
         features=frozenset(declared.get("features", ())),
@@ -152,6 +149,8 @@ def named(returned: Any) -> Arrays:
     """Return what a callable returned as arrays by name."""
     if hasattr(returned, "_asdict"):
         returned = returned._asdict()
+    if returned is None:
+        return {}
     if isinstance(returned, Mapping):
         return {str(k): np.asarray(v) for k, v in returned.items() if v is not None}
     if isinstance(returned, (tuple, list)):

@@ -27,9 +27,7 @@ def key_head(h: int, heads: int, key_heads: int, conventions: Mapping[str, Any])
     return h // (heads // key_heads)
 
 
-def offset_of(
-    b: int, n_q: int, n_k: int, inputs: Tensors, conventions: Mapping[str, Any]
-) -> int:
+def offset_of(b: int, n_q: int, n_k: int, inputs: Tensors, conventions: Mapping[str, Any]) -> int:
     """Return the position of query 0 of batch item b."""
     alignment = conventions.get("alignment", "top_left")
     if alignment == "top_left":

@@ -8,7 +8,7 @@ import flint
 import numpy as np
 from flint import fmpq
 
-from refattn.certify.errors import Ambiguous, CertifyError
+from refattn.certify.errors import Ambiguous, CertifyError, Undecided
 from refattn.certify.exact import Array, Cells
 from refattn.certify.rounding import settle_ball, settle_exact
 
@@ -63,6 +63,12 @@ def _place(name: str, shape: tuple[int, ...], at: int) -> str:
     return f"{name}{list(index)}"
 
 
+def _split(result: Mapping[str, Any]) -> tuple[dict[str, Cells], dict[str, Array]]:
+    """Separate outputs of values from arrays that are exact already."""
+    cells = {name: x for name, x in result.items() if isinstance(x, Cells)}
+    return cells, {name: x for name, x in result.items() if not isinstance(x, Cells)}
+
+
 def _undecided(progress: Mapping[str, _Progress]) -> str | None:
     for name, state in progress.items():
         if None in state.values:
@@ -86,7 +92,7 @@ def _largest_radius(outputs: Mapping[str, Cells]) -> float:
     return float(2.0 ** max(-1072, RADIUS_STEP * -(-largest // RADIUS_STEP)))
 
 
-def solve(evaluate: Callable[[], dict[str, Cells]]) -> tuple[dict[str, Array], dict[str, Any]]:
+def solve(evaluate: Callable[[], Mapping[str, Any]]) -> tuple[dict[str, Array], dict[str, Any]]:
     """Decide every element of what `evaluate` encloses; return the outputs and the record.
 
     Raises:
@@ -97,9 +103,15 @@ def solve(evaluate: Callable[[], dict[str, Cells]]) -> tuple[dict[str, Array], d
     try:
         while True:
             flint.ctx.prec = bits
-            cells = evaluate()
-            progress = {name: _advance(name, x, progress.get(name)) for name, x in cells.items()}
-            place = _undecided(progress)
+            try:
+                cells, arrays = _split(evaluate())
+            except Undecided:
+                place: str | None = "a comparison"
+            else:
+                progress = {
+                    name: _advance(name, x, progress.get(name)) for name, x in cells.items()
+                }
+                place = _undecided(progress)
             if place is None:
                 break
             if bits >= LIMIT_BITS:
@@ -111,14 +123,15 @@ def solve(evaluate: Callable[[], dict[str, Cells]]) -> tuple[dict[str, Array], d
         name: np.array(state.values, dtype=np.float64).reshape(state.shape)
         for name, state in progress.items()
     }
+    integers = sum(int(x.size) for x in arrays.values())
     everything = [x for cell in cells.values() for x in cell.values]
     record = {
         "engine": "python-flint",
         "version": version("python-flint"),
         "precision_bits": bits,
         "largest_radius": _largest_radius(cells),
-        "elements": len(everything),
-        "exact_elements": sum(isinstance(x, float | fmpq) for x in everything),
+        "elements": len(everything) + integers,
+        "exact_elements": sum(isinstance(x, float | fmpq) for x in everything) + integers,
         "ambiguous": 0,
     }
-    return outputs, record
+    return arrays | outputs, record

@@ -11,3 +11,7 @@ class Ambiguous(CertifyError):
 
 class Disagreement(CertifyError):
     """The second engine computes another value than the one it was given to prove."""
+
+
+class Undecided(Exception):  # noqa: N818
+    """A comparison of balls that the present precision does not decide; never leaves certify."""

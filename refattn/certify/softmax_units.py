@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refattn.certify.majorant import (
     EXTRA,
@@ -19,6 +20,9 @@ CHUNK = 1 << 21
 """Elements of the largest temporary, (rows, n_k, d_v)."""
 
 
+Cells = NDArray[np.bool_]
+
+
 class Rows(NamedTuple):
     """The softmax of the rows of one head; column n_k is the sink (weight 0 without one)."""
 
@@ -32,7 +36,7 @@ class Rows(NamedTuple):
     """(n_q,); 0 for an empty row."""
 
 
-def chain(S: Array, allowed: Array) -> Array:
+def chain(S: Array, allowed: Cells) -> Array:
     """Return how many times a running maximum can rise after cell j, in either direction.
 
     The hops from j to the next strictly greater logit, from there to the next, and so on.
@@ -52,7 +56,7 @@ def _hops(S: Array) -> Array:
     return hops
 
 
-def softmax(S: Known, allowed: Array, sink: float | None = None) -> Rows:
+def softmax(S: Known, allowed: Cells, sink: float | None = None) -> Rows:
     """Return the majorants of P = softmax over the allowed cells of S, and of its logsumexp.
 
     A computed exp(S_ij - m) is off by the factor e^ε with |ε| ≤ u·e_ij,
@@ -83,7 +87,7 @@ def softmax(S: Known, allowed: Array, sink: float | None = None) -> Rows:
     return Rows(P, Known(P, e_ij, o_ij), n_i, lse)
 
 
-def uniform(rows: Rows, empty: Array) -> Rows:
+def uniform(rows: Rows, empty: Cells) -> Rows:
     """Fill the empty rows with weights 1/n_k that depend on no logit."""
     n_k = rows.weights.shape[1] - 1
     P = rows.weights.copy()
@@ -114,9 +118,14 @@ def mean(rows: Rows, factor: Array, values: Known) -> Known:
     step = max(1, CHUNK // max(1, n_k * V[0].shape[-1]))
     for start in range(0, n_q, step):
         part = slice(start, start + step)
-        few = Rows(*(Known(*(x[part] for x in f)) if isinstance(f, Known) else f[part] for f in rows))
+        few = _part(rows, part)
         parts.append(_mean(few, factor[part], Known(*(x[part] for x in V))))
     return Known(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+
+
+def _part(rows: Rows, part: slice) -> Rows:
+    e, lse = (Known(*(x[part] for x in k)) for k in (rows.exponent, rows.logsumexp))
+    return Rows(rows.weights[part], e, rows.terms[part], lse)
 
 
 def _mean(rows: Rows, f: Array, V: Known) -> Known:

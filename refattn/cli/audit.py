@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None)
 
-Words = list[str]
+Words = list[str] | None
+"""An option that may be given several times."""
 
 
 @app.command()
@@ -21,16 +22,16 @@ def audit(
         str,
         typer.Argument(help="module:function, or torch-sdpa, onnxruntime, jax, keras."),
     ],
-    clause: Annotated[Words, typer.Option(help="Only vectors of this clause.")] = [],  # noqa: B006
-    flag: Annotated[Words, typer.Option(help="Only vectors with this flag.")] = [],  # noqa: B006
-    dtype: Annotated[Words, typer.Option(help="Only this dtype.")] = [],  # noqa: B006
+    clause: Annotated[Words, typer.Option(help="Only vectors of this clause.")] = None,
+    flag: Annotated[Words, typer.Option(help="Only vectors with this flag.")] = None,
+    dtype: Annotated[Words, typer.Option(help="Only this dtype.")] = None,
     profile: Annotated[
         str, typer.Option(help="Declared precision, such as tf32; that of the dtype if absent.")
     ] = "",
-    capability: Annotated[Words, typer.Option(help="A further feature it has.")] = [],  # noqa: B006
-    convention: Annotated[  # noqa: B006
+    capability: Annotated[Words, typer.Option(help="A further feature it has.")] = None,
+    convention: Annotated[
         Words, typer.Option(metavar="AXIS=CHOICE", help="Its choice where papers leave one.")
-    ] = [],
+    ] = None,
     layout: Annotated[str, typer.Option(help="Order of its axes: bhnd or bnhd.")] = "",
     pack: Annotated[Path | None, typer.Option(help="A pack; the core pack if absent.")] = None,
     json_file: Annotated[
@@ -47,10 +48,10 @@ def audit(
     write = _writer(report)
     loaded = load_subject(
         subject,
-        capabilities=tuple(capability),
-        conventions=dict(_pair(text) for text in convention),
+        capabilities=tuple(capability or ()),
+        conventions=dict(_pair(text) for text in convention or ()),
         layout=layout or None,
-        dtypes=tuple(dtype),
+        dtypes=tuple(dtype or ()),
     )
     data = _run(judge_subject, loaded, pack, clause, flag, profile)
     if report is not None and write is not None:
@@ -66,7 +67,7 @@ def _run(
     from refattn.cli.out import progress
 
     data: dict[str, Any] = judge_subject(
-        subject, pack=pack, clauses=clauses, flags=flags, profile=prof, watch=progress
+        subject, pack=pack, clauses=clauses or (), flags=flags or (), profile=prof, watch=progress
     )
     return data
 

@@ -78,7 +78,8 @@ def coverage(
     from refattn import coverage as room
     from refattn.spec_text import spec_root
 
-    table, path = room.rows(), spec_root() / "coverage.md"
+    root = spec_root()
+    table, path = room.rows(root), root / "coverage.md"
     if write:
         path.write_text(room.as_markdown(table), "utf-8")
         print(f"wrote {path}")

@@ -67,7 +67,9 @@ def positive(w: Words) -> Tensor:
 
 def normal_numerator(w: Words) -> NDArray[np.int64]:
     """Return the sum of twelve five-bit numbers less its mean 186: |x| <= 186."""
-    return np.sum([bits(w, 4 + 5 * g, 5) for g in range(12)], axis=0, dtype=np.int64) - 186
+    groups = np.stack([bits(w, 4 + 5 * g, 5) for g in range(12)])
+    total: NDArray[np.int64] = groups.sum(axis=0) - 186
+    return total
 
 
 def normal(w: Words) -> Tensor:
@@ -93,7 +95,8 @@ def outliers(w: Words) -> Tensor:
 
 def bernoulli(w: Words, eighths: int) -> Tensor:
     """Return True with a probability of eighths/8."""
-    return bits(w, 40, 3) < eighths
+    below: Tensor = bits(w, 40, 3) < eighths
+    return below
 
 
 ELEMENTWISE: Mapping[str, Callable[..., Tensor]] = {
@@ -115,7 +118,8 @@ def to_eight_bits(x: Tensor, quantum: int = -16) -> Tensor:
     """
     fraction, exponent = np.frexp(x.astype(np.float64))
     step = np.maximum(exponent - 8, quantum)
-    return np.ldexp(np.trunc(np.ldexp(fraction, exponent - step)), step).astype(np.float32)
+    cut: Tensor = np.ldexp(np.trunc(np.ldexp(fraction, exponent - step)), step)
+    return cut.astype(np.float32)
 
 
 def poisoned(x: Tensor, rows: Sequence[Sequence[int]], values: Sequence[str]) -> Tensor:
@@ -144,5 +148,7 @@ def exact_dtypes(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
         return tuple(
             name
             for name, dtype in kinds.items()
-            if all(np.array_equal(t.astype(dtype).astype(t.dtype), t, equal_nan=True) for t in floats)
+            if all(
+                np.array_equal(t.astype(dtype).astype(t.dtype), t, equal_nan=True) for t in floats
+            )
         )

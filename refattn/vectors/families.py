@@ -136,10 +136,13 @@ def fixture() -> Mapping[str, Tensor]:
     path = spec_root() / REAL_FIXTURE
     if not path.is_file():
         raise DrawError(f"the captured tensors are missing at {path}")
-    return load_file(path)
+    tensors: Mapping[str, Tensor] = load_file(path)
+    return tensors
 
 
-def real(stream: str, shape: tuple[int, ...], names: tuple[str, ...], short: bool = False) -> Tensor:
+def real(
+    stream: str, shape: tuple[int, ...], names: tuple[str, ...], short: bool = False
+) -> Tensor:
     """Return captured tensors, one a batch item, padded with zeros; `short` cuts to eight bits."""
     del stream
     out = np.zeros(shape, np.float32)
@@ -203,7 +206,9 @@ def draw(case_id: str, tensor: str, how: Draw) -> Tensor:
 
 Family = Mapping[str, tuple[str, Mapping[str, Any]]]
 
-NORMAL: Family = {name: ("normal", {}) for name in ("query", "key", "value")}
+NORMAL: dict[str, tuple[str, Mapping[str, Any]]] = {
+    name: ("normal", {}) for name in ("query", "key", "value")
+}
 """Signed inputs of deviation 1."""
 
 
@@ -214,39 +219,34 @@ def family(name: str, d_k: int) -> Family:
         DrawError: unknown family.
     """
     rise = 20 * math.isqrt(d_k)
-    families: dict[str, Family] = {
-        "normal": NORMAL,
-        "one_key": NORMAL,
+    changes: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
+        "normal": {},
+        "one_key": {},
         "unit": {n: ("unit", {}) for n in NORMAL},
         "spread": {
             "query": ("spread", {"low": -6, "high": 2}),
             "key": ("spread", {"low": -6, "high": 2}),
             "value": ("spread", {"low": -10, "high": 6}),
         },
-        "rising": {"query": ("lead", {}), "key": ("ramp", {"peak": rise}), "value": NORMAL["value"]},
+        "rising": {"query": ("lead", {}), "key": ("ramp", {"peak": rise})},
         "negative": {
             "query": ("positive", {}),
             "key": ("positive", {"shift": 3, "negate": True}),
-            "value": NORMAL["value"],
         },
-        "deep": {
-            "query": ("deep", {"level": 104}),
-            "key": ("deep", {"level": -104}),
-            "value": NORMAL["value"],
-        },
-        "high": {n: ("deep", {"level": 104}) for n in ("query", "key")} | {"value": NORMAL["value"]},
-        "steep": {n: ("normal", {"shift": 5}) for n in ("query", "key")} | {"value": NORMAL["value"]},
+        "deep": {"query": ("deep", {"level": 104}), "key": ("deep", {"level": -104})},
+        "high": {n: ("deep", {"level": 104}) for n in ("query", "key")},
+        "steep": {n: ("normal", {"shift": 5}) for n in ("query", "key")},
         "cancelling": {
             "query": ("normal", {"shift": -1}),
             "key": ("normal", {"shift": -3}),
             "value": ("alternating", {}),
         },
         "outliers": {n: ("outliers", {}) for n in NORMAL},
-        "ties": NORMAL | {"key": ("repeated", {"period": 3})},
-        "equal": NORMAL | {"key": ("repeated", {"period": 1})},
-        "subnormal": NORMAL | {"value": ("tiny", {"exponent": -149})},
-        "subnormal16": NORMAL | {"value": ("tiny", {"exponent": -24})},
+        "ties": {"key": ("repeated", {"period": 3})},
+        "equal": {"key": ("repeated", {"period": 1})},
+        "subnormal": {"value": ("tiny", {"exponent": -149})},
+        "subnormal16": {"value": ("tiny", {"exponent": -24})},
     }
-    if name not in families:
-        raise DrawError(f"family is {name!r}, but it must be one of {', '.join(families)}")
-    return families[name]
+    if name not in changes:
+        raise DrawError(f"family is {name!r}, but it must be one of {', '.join(changes)}")
+    return {**NORMAL, **changes[name]}

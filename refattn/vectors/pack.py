@@ -28,7 +28,17 @@ GROUPS = ("inputs", "outputs", "units")
 
 Tensors = Mapping[str, NDArray[Any]]
 
-__all__ = ["CASE_FILES", "Case", "Entry", "Flag", "Pack", "PackError", "core_pack", "read_case"]
+__all__ = [
+    "CASE_FILES",
+    "Case",
+    "Entry",
+    "Flag",
+    "Pack",
+    "PackError",
+    "core_pack",
+    "read_case",
+    "read_pack",
+]
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,9 @@ def check_schema(value: Any, definition: str, name: str) -> None:
         raise PackError(
             f"{name} has schema version {version!r}, but this refattn reads {SCHEMA_VERSION}"
         )
-    errors = sorted(_validator(definition).iter_errors(value), key=lambda e: (list(e.path), e.message))
+    errors = sorted(
+        _validator(definition).iter_errors(value), key=lambda e: (list(e.path), e.message)
+    )
     if errors:
         place = "".join(f"[{p!r}]" for p in errors[0].absolute_path)
         message = errors[0].message
@@ -181,12 +193,10 @@ def _case(document: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Case:
     }
     lists = ("clauses", "flags", "requires", "dtypes", "kills")
     plain = ("id", "summary", "op", "parameters", "conventions", "draws", "certification")
-    return Case(
-        **{name: document[name] for name in plain},
-        **{name: tuple(document[name]) for name in lists},
-        **{group: tensors[group] for group in GROUPS},
-        bounds=bounds,
-    )
+    fields: dict[str, Any] = {name: document[name] for name in plain}
+    fields |= {name: tuple(document[name]) for name in lists}
+    fields |= {group: tensors[group] for group in GROUPS}
+    return Case(**fields, bounds=bounds)
 
 
 def read_case(folder: Path | str, entry: Entry | None = None, root: Path | None = None) -> Case:
@@ -241,9 +251,7 @@ def read_index(path: Path | str) -> dict[str, Any]:
     index = read_json(_read_bytes(_inside(Path(path), "pack.json")), str(name))
     check_schema(index, "pack", str(name))
     if root_hash(index) != index["root_sha256"]:
-        raise PackError(
-            f"{name} has root hash {root_hash(index)}, but says {index['root_sha256']}"
-        )
+        raise PackError(f"{name} has root hash {root_hash(index)}, but says {index['root_sha256']}")
     ids = [entry["id"] for entry in index["cases"]]
     if ids != sorted(set(ids)):
         raise PackError(f"{name} lists its cases out of order, or one of them twice")

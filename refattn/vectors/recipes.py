@@ -185,7 +185,13 @@ def attention(
     Args:
         id_: the case's id.
         summary: one sentence on what it shows.
-        n_q, n_k, b, h, h_k, d, d_v: sizes; h_k = h and d_v = d if None.
+        n_q: query rows.
+        n_k: key rows.
+        b: batch items.
+        h: query heads.
+        h_k: key-value heads; h if None.
+        d: features of query and key.
+        d_v: features of value; d if None.
         kind: the family of query, key and value.
         backward: draw d_output too.
         inputs: further input tensors.

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from refattn.vectors.pack import (
     root_hash,
     tensor_record,
 )
+
+Bound: TypeAlias = tuple[float, float, float]
+"""a, b and floor of one output under one profile."""
 
 UNIT_BITS = 8
 """Significant bits of a stored error unit, rounded up: under 1 % above the computed one."""
@@ -50,17 +53,17 @@ def stored_unit(x: NDArray[Any]) -> NDArray[np.float32]:
         return np.where((up > 0) & (up < floor), floor, up).astype(np.float32)
 
 
-def stored_bounds(
-    bounds: Mapping[str, Mapping[str, tuple[float, float, float]]],
-) -> dict[str, dict[str, tuple[float, ...]]]:
+def stored_bounds(bounds: Mapping[str, Mapping[str, Bound]]) -> dict[str, dict[str, Bound]]:
     """Return bound coefficients as stored: rounded up to twelve bits."""
     return {
-        profile: {
-            output: tuple(float(v) for v in rounded_up(np.asarray(abf), COEFFICIENT_BITS))
-            for output, abf in outputs.items()
-        }
+        profile: {output: _stored_bound(*bound) for output, bound in outputs.items()}
         for profile, outputs in bounds.items()
     }
+
+
+def _stored_bound(a: float, b: float, floor: float) -> Bound:
+    up = rounded_up(np.asarray([a, b, floor]), COEFFICIENT_BITS)
+    return float(up[0]), float(up[1]), float(up[2])
 
 
 def case_document(case: Case) -> dict[str, Any]:

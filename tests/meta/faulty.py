@@ -343,8 +343,8 @@ def run(case, fault=None, dtype=np.float32):
 def _backward(case, state, fault):
     inputs, V, owner, filled, allowed, S, X, P, L, dropped, keep, chance = state
     if fault == "causal_ignored" and case.parameters.get("causal"):
-        P = np.exp(np.where(np.isfinite(L), S - L[..., None], -np.inf)[..., :])
-        P, filled, dropped = P, np.ones_like(filled), np.where(keep, P, 0) / chance
+        P = np.exp(np.where(np.isfinite(L)[..., None], S - L[..., None], -np.inf))
+        filled, dropped = np.ones_like(filled), np.where(keep, P, 0) / chance
     if fault == "sink_not_in_weights" and "sinks" in inputs:
         total = P.sum(axis=-1, keepdims=True)
         P = P / np.where(total == 0, 1, total)

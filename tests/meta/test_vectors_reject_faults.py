@@ -9,7 +9,9 @@ import pytest
 from refattn.judge import judge, vacuous
 from refattn.vectors import core_pack
 
-_spec = importlib.util.spec_from_file_location("faulty", pathlib.Path(__file__).parent / "faulty.py")
+_spec = importlib.util.spec_from_file_location(
+    "faulty", pathlib.Path(__file__).parent / "faulty.py"
+)
 faulty = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(faulty)
 

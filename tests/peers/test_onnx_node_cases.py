@@ -2,8 +2,8 @@
 
 Since onnx 1.23 the cases are built in memory, by its reference evaluator. All of them are run, in
 the dtype of the case, and none is an exception: what the attributes leave unsaid is named in
-`onnx_attention.CONVENTIONS`. The evaluator alone differs from its own specification in one place,
-which no case covers (mode 0 with a softcap); it has a test of its own.
+`onnx_attention.CONVENTIONS`. Where the evaluator contradicts its own operator, no case looks:
+see test_onnx_evaluator.
 """
 
 from __future__ import annotations
@@ -135,64 +135,3 @@ def test_some_node_case_sees_each_convention(convention: str, other: str) -> Non
             expected = case.expected["Y"].astype(np.float64)
             disagree += not np.allclose(actual, expected, rtol=2**-6, atol=1e-7)
     assert disagree > 0
-
-
-def _node(outputs: int, **attributes: Any) -> Any:
-    names = ["Y", "present_key", "present_value", "qk_matmul_output"][:outputs]
-    node = onnx.helper.make_node("Attention", ["Q", "K", "V", "attn_mask"], names, **attributes)
-    info = onnx.helper.make_tensor_value_info
-    types = {"Q": 1, "K": 1, "V": 1, "attn_mask": onnx.TensorProto.BOOL}
-    shapes = {"Q": [1, 2, 3, 8], "K": [1, 2, 5, 8], "V": [1, 2, 5, 7], "attn_mask": [3, 5]}
-    graph = onnx.helper.make_graph(
-        [node],
-        "attention",
-        [info(name, types[name], shapes[name]) for name in types],
-        [info(name, 1, None) for name in names],
-    )
-    return onnx.helper.make_model(
-        graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10
-    )
-
-
-def _feed() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(11)
-    Q, K, V = (rng.normal(size=s).astype("f4") for s in ((1, 2, 3, 8), (1, 2, 5, 8), (1, 2, 5, 7)))
-    mask = np.array([[1, 1, 0, 1, 0], [0, 1, 1, 0, 0], [1, 0, 0, 1, 0]], dtype=bool)
-    return {"Q": Q, "K": K, "V": V, "attn_mask": mask}
-
-
-def _evaluate(model: Any, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-    from onnx.reference import ReferenceEvaluator
-
-    with np.errstate(all="ignore"):
-        return ReferenceEvaluator(model).run(None, feed)
-
-
-def _ours(feed: dict[str, np.ndarray], **attributes: Any) -> dict[str, np.ndarray]:
-    names = ("query", "key", "value", "attn_mask")
-    return onnx_attention.run_attention(dict(zip(names, feed.values(), strict=True)), attributes)
-
-
-@pytest.mark.clause("OWN-SOFTCAP1")
-def test_mode_0_is_raw_by_the_specification_and_capped_in_the_evaluator() -> None:
-    feed = _feed()
-    capped = _evaluate(_node(4, softcap=0.5), feed)[3]
-    raw, softened = (
-        _ours(feed, softcap=0.5, qk_matmul_output_mode=mode)["qk_matmul_output"] for mode in (0, 1)
-    )
-    np.testing.assert_allclose(capped, softened, rtol=2e-6, atol=1e-7)
-    assert np.max(np.abs(raw - softened)) > 0.1
-    runtime = require("onnxruntime")
-    session = runtime.InferenceSession(
-        _node(4, softcap=0.5).SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    np.testing.assert_allclose(session.run(None, feed)[3], raw, rtol=2e-6, atol=1e-6)
-
-
-@pytest.mark.clause("OWN-POISON1")
-def test_a_nan_in_a_masked_key_reaches_the_row_of_the_evaluator_and_of_masked_add() -> None:
-    feed = _feed()
-    feed["K"][0, 1, 2] = np.nan
-    expected = _evaluate(_node(1), feed)[0]
-    assert np.isnan(expected[0, 1]).all() and np.isfinite(expected[0, 0]).all()
-    np.testing.assert_allclose(_ours(feed)["Y"], expected, rtol=2e-6, atol=1e-7)

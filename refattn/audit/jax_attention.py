@@ -1,0 +1,79 @@
+"""Adapter of `jax.nn.dot_product_attention`, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from refattn.audit.capabilities import Capabilities
+from refattn.audit.subject import Arrays, Subject
+
+CAPABILITIES = Capabilities(
+    features=frozenset(
+        {"scale", "mask", "bias", "causal", "window", "lengths", "cross_lengths"}
+        | {"grouped_heads", "logsumexp", "backward"}
+    ),
+    dtypes=("float64", "float32", "float16", "bfloat16"),
+    conventions={"alignment": "top_left", "head_map": "interleave"},
+    layout="bnhd",
+)
+"""What its documentation promises; its empty rows follow no single convention."""
+
+LEAVES = ("query", "key", "value", "bias")
+"""Tensors whose gradient jax returns."""
+
+
+def subject() -> Subject:
+    """Return the subject; jax is imported here, and its float64 is switched on."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    return Subject("jax", f"jax {jax.__version__}", CAPABILITIES, run)
+
+
+def run(inputs: Arrays, options: dict[str, Any]) -> Arrays:
+    """Run the function on a case, and its vector-Jacobian product if it has a d_output."""
+    import jax
+
+    leaves = {name: jax.numpy.asarray(inputs[name]) for name in LEAVES if name in inputs}
+    fixed = _fixed(inputs, options)
+
+    def output_only(leaves: dict[str, Any]) -> Any:
+        return jax.nn.dot_product_attention(**leaves, **fixed)
+
+    output, logsumexp = jax.nn.dot_product_attention(**leaves, **fixed, return_residual=True)
+    outputs = {
+        "output": np.asarray(output),
+        "logsumexp": np.asarray(logsumexp).swapaxes(1, 2),  # (b, n, h) there, (b, h, n) here
+    }
+    if "d_output" in inputs:
+        _, pullback = jax.vjp(output_only, leaves)
+        (gradients,) = pullback(jax.numpy.asarray(inputs["d_output"]))
+        outputs |= {f"d_{name}": np.asarray(gradient) for name, gradient in gradients.items()}
+    return outputs
+
+
+def _fixed(inputs: Arrays, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that are not differentiated."""
+    found: dict[str, Any] = {"is_causal": bool(options.get("causal", False))}
+    if "mask" in inputs:
+        found["mask"] = np.broadcast_to(inputs["mask"], _four(inputs["mask"].shape))
+    if "scale" in options:
+        found["scale"] = options["scale"]
+    if "window" in options:
+        beyond = inputs["query"].shape[1] + inputs["key"].shape[1]
+        left, right = (beyond if end is None else end for end in options["window"])
+        found["local_window_size"] = (left, right)
+    for name, theirs in (
+        ("query_lengths", "query_seq_lengths"),
+        ("key_lengths", "key_value_seq_lengths"),
+    ):
+        if name in inputs:
+            found[theirs] = inputs[name].astype(np.int32)
+    return found
+
+
+def _four(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape with leading ones up to four axes."""
+    return (1,) * (4 - len(shape)) + shape

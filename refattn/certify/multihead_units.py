@@ -1,0 +1,130 @@
+"""Error units of multi-head attention: projections in, heads, projection out."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refattn.certify.attention_units import backward, exact_finite, forward
+from refattn.certify.cells import Tensors, allowed_cells
+from refattn.certify.floor_units import new_track, observe
+from refattn.certify.head_units import Forward, Head
+from refattn.certify.majorant import Known, contract, exact, stored, times
+
+
+class Problem(NamedTuple):
+    """The tensors of a multi-head problem, and the gates of its heads."""
+
+    X: Known
+    Y: Known
+    W_q: Known
+    W_k: Known
+    W_v: Known
+    W_o: Known
+    gates: Known
+
+
+def multihead_units(
+    inputs: Tensors, parameters: Mapping[str, Any], conventions: Mapping[str, Any]
+) -> tuple[dict[str, Known], dict[str, float]]:
+    """Return the majorants of every output of `multihead`, and what the coefficients need."""
+    names = ("query_input", "source_input", "w_query", "w_key", "w_value", "w_output")
+    h = inputs["w_query"].shape[0]
+    gates = exact_finite(inputs["head_gates"]) if "head_gates" in inputs else exact(np.ones(h))
+    X, Y, W_q, W_k, W_v, W_o = (exact_finite(inputs[name]) for name in names)
+    x = Problem(X, Y, W_q, W_k, W_v, W_o, gates)
+    Q, K, V = (
+        stored(contract("bne,hed->bhnd", source, W, W.value.shape[1]))
+        for source, W in ((x.X, x.W_q), (x.Y, x.W_k), (x.Y, x.W_v))
+    )
+    dZ = exact_finite(inputs["d_output"]) if "d_output" in inputs else None
+    dO = None if dZ is None else contract("bno,hdo->bhnd", dZ, x.W_o, x.W_o.value.shape[2])
+    track = new_track()
+    outputs, gradients = _heads(x, (Q, K, V), dO, track, parameters, conventions)
+    gated = times(outputs, exact(x.gates.value[:, None, None]))
+    length = h * x.W_o.value.shape[1]
+    found = {"output": contract("bhnd,hdo->bno", stored(gated), x.W_o, length)}
+    if dZ is not None and dO is not None:
+        found.update(_input_gradients(x, gradients))
+        tokens = dZ.value.shape[0] * dZ.value.shape[1]
+        found["d_w_output"] = contract("bhnd,bno->hdo", stored(gated), dZ, tokens)
+        if "head_gates" in inputs:
+            length = tokens * x.W_o.value.shape[1]
+            found["d_head_gates"] = contract("bhnd,bhnd->h", outputs, stored(dO), length)
+    widths = (w.value.shape[a] for w, a in ((x.W_q, 1), (x.W_k, 1), (x.W_o, 2), (x.W_o, 1)))
+    track["shortest"] = min(track["shortest"], *map(float, widths))
+    return {n: stored(k) for n, k in found.items()}, {**track, **_floors(x, track, found)}
+
+
+def _heads(
+    x: Problem,
+    QKV: tuple[Known, Known, Known],
+    dO: Known | None,
+    track: dict[str, float],
+    parameters: Mapping[str, Any],
+    conventions: Mapping[str, Any],
+) -> tuple[Known, list[Known]]:
+    """Run every head forward, and backward where dO is given; stack what they return."""
+    batch, heads, n_q, d_k = QKV[0].value.shape
+    n_k, scale = QKV[1].value.shape[2], parameters.get("scale")
+    outputs, gradients = [], []
+    for b in range(batch):
+        A = allowed_cells(b, 0, n_q, n_k, {}, parameters, conventions)
+        for h in range(heads):
+            Q, K, V = (Known(*(part[b, h] for part in t)) for t in QKV)
+            s = 1.0 / np.sqrt(d_k) if scale is None else float(scale)
+            fill = conventions.get("empty_row", "zero") == "uniform"
+            head = Head(Q, K, V, A, None, np.ones((n_q, n_k)), s, None, False, None, fill)
+            f: Forward = forward(head)
+            outputs.append(f.output)
+            cotangent = exact(np.zeros_like(f.output.value))
+            if dO is not None:
+                gate = exact(x.gates.value[h : h + 1, None])
+                cotangent = stored(times(Known(*(p[b, h] for p in dO)), gate))
+                gradients.append(backward(head, f, cotangent, np.zeros(n_q)))
+            observe(track, f, head, cotangent, np.zeros(1))
+    stack = [_stack([getattr(g, n) for g in gradients], batch) for n in ("query", "key", "value")]
+    return _stack(outputs, batch), stack if gradients else []
+
+
+def _stack(parts: list[Known], batch: int) -> Known:
+    if not parts:
+        return exact(np.zeros(0))
+    stacked = (np.stack(part) for part in zip(*parts, strict=True))
+    return Known(*(s.reshape(batch, -1, *s.shape[1:]) for s in stacked))
+
+
+def _input_gradients(x: Problem, gradients: list[Known]) -> dict[str, Known]:
+    """Return the gradients of inputs and of the projections in."""
+    dQ, dK, dV = (stored(g) for g in gradients)
+    heads, _, d_k = x.W_q.value.shape
+    d_v = x.W_v.value.shape[2]
+    queries, keys = (t.value.shape[0] * t.value.shape[1] for t in (x.X, x.Y))
+    from_key = contract("bhnd,hed->bne", dK, x.W_k, heads * (d_k + d_v))
+    from_value = contract("bhnd,hed->bne", dV, x.W_v, heads * (d_k + d_v))
+    both = zip(from_key, from_value, strict=True)
+    return {
+        "d_query_input": contract("bhnd,hed->bne", dQ, x.W_q, heads * d_k),
+        "d_source_input": Known(*(a + b for a, b in both)),
+        "d_w_query": contract("bne,bhnd->hed", x.X, dQ, queries),
+        "d_w_key": contract("bne,bhnd->hed", x.Y, dK, keys),
+        "d_w_value": contract("bne,bhnd->hed", x.Y, dV, keys),
+    }
+
+
+def _floors(x: Problem, track: dict[str, float], found: dict[str, Known]) -> dict[str, float]:
+    """Bound underflow coarsely: one event anywhere, times the largest product it can enter."""
+    t = track
+    largest = max(1.0, *(float(np.max(np.abs(k.value), initial=0.0)) for k in x))
+    inner = max(1.0, t["query_max"], t["key_max"], t["value_max"], t["d_output_max"])
+    width = max(k.value.size for k in (x.W_q, x.W_k, x.W_v, x.W_o))
+    events = 4.0 * (t["terms"] + t["rows"] + 1)
+    lost = events * inner**2 * largest * max(1.0, t["scale"]) * t["features"]
+    few = (t["small"] + t["small_key"] + t["features"] + 1) * inner**2 * largest
+    backwards = t["d_output_max"] > 0
+    result = {}
+    for name in found:
+        power = inner * width if backwards and name != "output" else 1.0
+        result[f"{name}.floor"] = lost * width * power
+        result[f"{name}.floor_operand"] = few * power
+    return result

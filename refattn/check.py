@@ -1,0 +1,199 @@
+"""Every backend that loads here, on every core vector, in every dtype, against proven values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from refattn.arrays import FLOATS
+from refattn.backends import BACKENDS, Backend, BackendAbsent, Unsupported, load
+from refattn.bounds import profile_of
+from refattn.errors import RefattnError
+from refattn.judge import judge
+from refattn.vectors.pack import Case
+
+REQUIRE = "REFATTN_REQUIRE"
+"""Environment variable with names, comma-separated, whose absence is a failure."""
+
+
+class Job(NamedTuple):
+    """One case for one backend in one dtype."""
+
+    case: Case
+    backend: str
+    dtype: str
+
+
+class Result(NamedTuple):
+    """What became of one job; ratio is the worst error over its bound."""
+
+    case_id: str
+    clauses: tuple[str, ...]
+    backend: str
+    dtype: str
+    ok: bool
+    ratio: float
+    reason: str
+
+
+class Cell(NamedTuple):
+    """The jobs of one clause for one backend in one dtype."""
+
+    passed: int
+    failed: int
+    ratio: float
+
+
+def present(names: Sequence[str] = ()) -> tuple[list[Backend], dict[str, str]]:
+    """Return the backends that load here, and why each other one does not.
+
+    Args:
+        names: the backends asked for; every one if empty.
+
+    Raises:
+        BackendAbsent: one that was asked for does not load.
+    """
+    found, absent = [], {}
+    for name in names or BACKENDS:
+        try:
+            found.append(load(name))
+        except BackendAbsent as error:
+            if names:
+                raise
+            absent[name] = str(error)
+    return found, absent
+
+
+def required(absent: Iterable[str]) -> list[str]:
+    """Return the absent backends whose presence the environment requires."""
+    names = {name.strip() for name in os.environ.get(REQUIRE, "").split(",")}
+    return [name for name in absent if name in names]
+
+
+def jobs(
+    cases: Iterable[Case],
+    backends: Sequence[Backend],
+    *,
+    clauses: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+) -> list[Job]:
+    """Return every job of a selection.
+
+    Raises:
+        RefattnError: a dtype is unknown, or the selection is empty.
+    """
+    for dtype in dtypes:
+        if dtype not in FLOATS:
+            raise RefattnError(f"dtype is {dtype}, but it must be one of {', '.join(FLOATS)}")
+    found = [
+        Job(case, backend.name, dtype)
+        for case in cases
+        if not clauses or set(clauses) & set(case.clauses)
+        for backend in backends
+        for dtype in FLOATS
+        if dtype in case.dtypes and dtype in backend.dtypes and (not dtypes or dtype in dtypes)
+    ]
+    if not found:
+        asked = ", ".join([*clauses, *dtypes]) or "the pack"
+        raise RefattnError(f"nothing was selected: no vector has {asked}")
+    return found
+
+
+def run(job: Job) -> Result:
+    """Run one job and judge it."""
+    case, name, dtype = job
+    about = (case.id, case.clauses, name, dtype)
+    try:
+        outputs = load(name).run(case.op, case.inputs, case.parameters, case.conventions, dtype)
+        verdict = judge(case, outputs, profile_of(dtype))
+    except Unsupported as error:
+        return Result(*about, False, float("inf"), f"claimed but not supported: {error}")
+    except Exception as error:
+        message = " ".join(str(error).split())[:300]
+        return Result(*about, False, float("inf"), f"{type(error).__name__}: {message}")
+    bad = next((output for output in verdict.outputs if not output.ok), None)
+    return Result(*about, verdict.ok, float(verdict.ratio), bad.reason if bad else "")
+
+
+def run_all(found: Sequence[Job], workers: int = 1) -> Iterator[Result]:
+    """Yield the results in the order of the jobs, from several processes if asked."""
+    if workers < 2 or len(found) < workers:
+        yield from map(run, found)
+        return
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        yield from pool.map(run, found, chunksize=16)
+
+
+def table(results: Iterable[Result]) -> dict[str, dict[tuple[str, str], Cell]]:
+    """Return a cell a clause and (backend, dtype)."""
+    found: dict[str, dict[tuple[str, str], Cell]] = {}
+    for result in results:
+        for id_ in result.clauses:
+            row = found.setdefault(id_, {})
+            place = (result.backend, result.dtype)
+            passed, failed, ratio = row.get(place, (0, 0, 0.0))
+            row[place] = Cell(
+                passed + result.ok, failed + (not result.ok), max(ratio, result.ratio)
+            )
+    return found
+
+
+def summary(
+    results: Sequence[Result], absent: dict[str, str], root_hash: str, version: str
+) -> dict[str, Any]:
+    """Return the whole check as plain data."""
+    lacking = required(absent)
+    cells = table(results)
+    return {
+        "refattn": version,
+        "pack": root_hash,
+        "ok": all(result.ok for result in results) and not lacking,
+        "runs": len(results),
+        "failed": sum(not result.ok for result in results),
+        "absent": absent,
+        "required_but_absent": lacking,
+        "clauses": {
+            id_: {f"{b} {dtype}": cell._asdict() for (b, dtype), cell in row.items()}
+            for id_, row in cells.items()
+        },
+        "findings": [result._asdict() for result in results if not result.ok],
+    }
+
+
+def check(
+    *,
+    backends: Sequence[str] = (),
+    clauses: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    workers: int = 1,
+    watch: Callable[[Any, int, str], Any] = lambda items, total, what: items,
+) -> dict[str, Any]:
+    """Run the core pack and return the whole check as plain data.
+
+    Args:
+        backends: only these; all that load here if empty.
+        clauses: only vectors that exercise one of them; all if empty.
+        dtypes: only these; all if empty.
+        workers: number of processes.
+        watch: wraps the results as they come: `watch(items, total, what)`.
+
+    Raises:
+        RefattnError: a word is unknown, a backend asked for is absent, or nothing was selected.
+    """
+    from importlib.metadata import version
+
+    from refattn.spec_text import find, load_clauses
+    from refattn.vectors.pack import core_pack
+
+    found, absent = present(backends)
+    known = load_clauses()
+    wanted = [find(id_, known).id for id_ in clauses]
+    pack = core_pack()
+    todo = jobs(pack.cases, found, clauses=wanted, dtypes=dtypes)
+    results = list(watch(run_all(todo, workers), len(todo), "checking"))
+    return summary(results, absent, pack.root_hash, version("refattn"))
