@@ -82,11 +82,13 @@ def alibi_slopes(heads: int, *, slope_rule: str = "authors", xp: Any = np) -> Ar
         m (heads,), float64, in logit units a token.
 
     Raises:
-        OptionError: heads is below one, or slope_rule has no such name.
+        OptionError: heads is no whole number from one, or slope_rule has no such name.
     """
     check_option("alibi_slopes", "slope_rule", slope_rule, SLOPE_RULES)
-    if heads < 1:
-        raise OptionError(f"heads is {heads}, but it must be at least 1 [alibi_slopes]")
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+        raise OptionError(
+            f"heads is {heads!r}, but it must be a whole number from 1 [alibi_slopes]"
+        )
     slopes = [_power_of_half(exponent) for exponent in _exponents(heads, slope_rule)]
     return xp.asarray(slopes, dtype=xp.float64)
 

@@ -63,6 +63,40 @@ def test_the_sum_over_single_heads_is_multi_head_attention():
             np.testing.assert_allclose(sum(heads), expected[x, i], rtol=1e-10)
 
 
+@pytest.mark.clause("HEADS-S21", "OWN-BACKWARD1")
+def test_the_gradients_of_a_single_head_are_those_of_one_of_many():
+    rng = np.random.default_rng(14)
+    shapes = {
+        "source_input": (N_K, E),
+        "query_input": (E,),
+        "w_query": (D_H, E),
+        "w_key": (D_H, E),
+        "w_value": (D_H, E),
+        "w_output": (E, D_H),
+    }
+    a, d_output = {n: rng.normal(size=s) for n, s in shapes.items()}, rng.normal(size=E)
+    as_many = {n: x.T[None] if n.startswith("w_") else x.reshape(1, -1, E) for n, x in a.items()}
+    gradients = multihead_attention_backward(d_output[None, None], **as_many, scale=E**-0.5)
+    check_gradients(
+        lambda changed: float(single_head_attention(**changed) @ d_output),
+        a,
+        {n: _as_one(getattr(gradients, f"d_{n}")[0], a[n].shape) for n in a},
+    )
+
+
+def _as_one(gradient, shape):
+    """Return a gradient of row vectors in the layout of column vectors."""
+    return gradient.T if gradient.T.shape == shape else gradient.reshape(shape)
+
+
+@pytest.mark.clause("HEADS-S23", "HEADS-S4c")
+def test_a_gate_of_zero_does_not_silence_a_nan():
+    a = _arrays(15)
+    a["w_value"][1] = np.nan
+    gated = multihead_attention(**a, head_gates=np.array([1.0, 0.0, 1.0]))
+    assert np.isnan(gated).all()
+
+
 @pytest.mark.clause("HEADS-EQ1", "HEADS-S23", "VAS-S322a")
 @pytest.mark.parametrize("gates", [None, [1.0, 0.0, 1.0], [0.5, -2.0, 0.0]])
 def test_the_gated_sum_equals_the_concatenation(gates):

@@ -220,11 +220,18 @@ def attention_units(
     for name, x in found.items():
         if name not in ("output", "logsumexp"):  # stored already; kept in the computing dtype
             found[name] = stored(x)
+    track["bias_terms"] = broadcast_terms(inputs) if "bias" in inputs else 0.0
     return found, {**track, **floors(track, list(found))}
 
 
 def _shape(inputs: Tensors, first: str, last: str) -> tuple[int, ...]:
     return (*inputs[first].shape[:3], inputs[last].shape[3])
+
+
+def broadcast_terms(inputs: Tensors) -> float:
+    """Return how many cells share one element of the bias."""
+    cells = float(np.prod(inputs["query"].shape[:3])) * inputs["key"].shape[2]
+    return cells / max(1, inputs["bias"].size)
 
 
 def _put(
@@ -252,10 +259,8 @@ def _place(
     if "bias" in inputs:
         shape = inputs["bias"].shape
         four = (1,) * (4 - len(shape)) + shape
-        full = (*inputs["query"].shape[:2], *dX.value.shape)
         axes = tuple(a for a in (0, 1) if four[2 + a] == 1)
-        length = np.prod([n for n, size in zip(full, four, strict=True) if size == 1])
-        summed = total(dX, axes, float(length), keepdims=True)
+        summed = total(dX, axes, broadcast_terms(inputs), keepdims=True)
         index = (b if four[0] > 1 else 0, h if four[1] > 1 else 0)
         part = Known(*np.zeros((3, *four)))
         for whole, x in zip(part, summed, strict=True):

@@ -14,7 +14,7 @@ EVENTS = 4.0
 
 def new_track() -> dict[str, float]:
     """Return the sizes that `observe` fills, all zero; `shortest` is the shortest contraction."""
-    names = "exponent exponent_operand terms rows small small_key heads factor scale features"
+    names = "exponent exponent_operand terms rows small small_key heads factor scale features bias_terms"
     peaks = "query key value d_output d_logsumexp distance"
     return dict.fromkeys([*names.split(), *(f"{p}_max" for p in peaks.split())], 0.0)
 
@@ -63,7 +63,7 @@ def floors(track: dict[str, float], names: list[str]) -> dict[str, float]:
     T = 2 * t["features"] * dO * V + t["d_logsumexp_max"] + 1
     O_lost = t["small"] * V + 1
     D_lost = t["features"] * dO * O_lost
-    every = t["heads"] * t["terms"] * (t["rows"] + 1)
+    every, summed = t["heads"] * t["terms"] * (t["rows"] + 1), t["bias_terms"]
     cell = T * min(t["small"], 1.0) + D_lost + 1
     steps = t["distance_max"]
     table = {
@@ -72,7 +72,7 @@ def floors(track: dict[str, float], names: list[str]) -> dict[str, float]:
         "d_query": (n * s * K * T, s * K * (t["terms"] + t["small"] * T + D_lost)),
         "d_key": (m * s * Q * T, s * Q * (t["rows"] + t["small_key"] * T + t["rows"] * D_lost)),
         "d_value": (m * dO * t["factor"], t["small_key"] * dO * t["factor"]),
-        "d_bias": (EVENTS * every * T, every * cell),
+        "d_bias": (EVENTS * summed * T, summed * cell),
         "d_slopes": (EVENTS * every * steps * T, every * steps * cell),
         "d_sinks": (EVENTS * every * T, every * cell),
     }

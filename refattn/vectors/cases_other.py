@@ -71,7 +71,7 @@ def multihead() -> list[CaseRecipe]:
             "One head with its projections.",
             ("HEADS-S21", "VAS-S322a", "NUM-OTHER1"),
             ("Plain",),
-            draws=multihead_draws(b=1, n_q=5, n_k=7, e=6, h=1, d=8, same=False),
+            draws=multihead_draws(b=1, n_q=5, n_k=7, e=8, h=1, d=8, same=False),
         )
     )
     return found + emptied() + pruned()
@@ -90,7 +90,7 @@ def emptied() -> list[CaseRecipe]:
             parameters={"causal": True},
             conventions={"alignment": "bottom_right", "empty_row": policy},
         )
-        for policy in ("zero", "nan", "uniform")
+        for policy in ("zero", "uniform")
     ]
 
 

@@ -30,27 +30,31 @@ def run_ours(arrays: Arrays, d_output: np.ndarray, **options: Any) -> Arrays:
     return {"output": result.output, **{name: getattr(gradients, name) for name in names}}
 
 
-def allowances(arrays: Arrays, d_output: np.ndarray, **options: Any) -> Arrays:
-    """Return how far two correct runs in the arrays' dtype may be apart, element by element.
+def allowed_between(
+    op: str, inputs: Arrays, parameters: dict[str, Any], conventions: dict[str, Any], dtype: str
+) -> Arrays:
+    """Return how far two correct runs of an operation may be apart, element by element.
 
-    Each is within the derived bound of the exact value, so they are within twice that.
-
-    Spec: NUM-FORWARD1, NUM-BACKWARD1.
+    Each is within the derived bound of the exact value (NUM-MODEL1), so they are within twice
+    that.
     """
+    found, magnitudes = units(op, inputs, parameters, conventions)
+    return {
+        name: 2 * (a * found[f"{name}.unit"] + b * found.get(f"{name}.unit_logit", 0.0) + floor)
+        for name, (a, b, floor) in coefficients(op, profile_of(dtype), magnitudes).items()
+    }
+
+
+def allowances(arrays: Arrays, d_output: np.ndarray, **options: Any) -> Arrays:
+    """Return how far two correct runs of attention may be apart, by the names of `run_ours`."""
     inputs = arrays | {"d_output": d_output}
     inputs |= {name: options.pop(name) for name in TENSORS if name in options}
     inputs = {n: a if n.endswith("_lengths") else _to_four_axes(a) for n, a in inputs.items()}
     given = {name: option for name, option in options.items() if option is not None}
     parameters = {name: given.pop(name) for name in PARAMETERS if name in given}
-    found, magnitudes = units("attention", inputs, parameters, given)
-    profile = profile_of(arrays["query"].dtype.name)
-    bounds = {
-        name: a * found[f"{name}.unit"] + b * found.get(f"{name}.unit_logit", 0.0) + floor
-        for name, (a, b, floor) in coefficients("attention", profile, magnitudes).items()
-    }
-    del bounds["logsumexp"]
+    allowed = allowed_between("attention", inputs, parameters, given, arrays["query"].dtype.name)
     shapes = {"output": d_output.shape} | {f"d_{n}": a.shape for n, a in arrays.items()}
-    return {name: 2 * bound.reshape(shapes[name]) for name, bound in bounds.items()}
+    return {name: allowed[name].reshape(shape) for name, shape in shapes.items()}
 
 
 def _to_four_axes(array: np.ndarray) -> np.ndarray:

@@ -74,8 +74,6 @@ def test_gradients_are_judged_where_they_are_offered(subject: Subject) -> None:
 
 
 def test_a_mask_and_a_bias_are_understood(subject: Subject) -> None:
-    allowed = np.ones((1, 1, 3, 5), bool)
-    allowed[..., 3:] = False
     causal = np.tri(3, 5, dtype=bool)
     as_bias = np.where(causal, 0, -np.inf).astype(np.float32)
     bias = _with(CAUSAL, "bias", as_bias)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from optional import require
-from peers.agreement import Arrays, allowances, assert_agree, run_ours
+from peers.agreement import Arrays, allowances, allowed_between, assert_agree, run_ours
 from refattn.attention import attention
 
 jax = require("jax")
@@ -99,6 +99,7 @@ def test_the_logsumexp_agrees_with_jax_but_for_empty_rows() -> None:
     theirs = _swap(np.asarray(theirs))
     ours = attention(**arrays, mask=EMPTY).logsumexp
     full = np.arange(N_Q) != 2
-    np.testing.assert_allclose(theirs[..., full], ours[..., full], rtol=0, atol=4e-6)
+    allowed = allowed_between("attention", arrays | {"mask": EMPTY}, {}, {}, "float32")["logsumexp"]
+    assert (np.abs(theirs - ours)[..., full] <= allowed[..., full]).all()
     assert (ours[..., 2] == -np.inf).all()
     assert (theirs[..., 2] < -1e38).all() and np.isfinite(theirs).all()

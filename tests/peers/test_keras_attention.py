@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from optional import require
+from peers.agreement import allowed_between
 from refattn.attention import attention, attention_weights
 from refattn.multihead import multihead_attention
 
@@ -19,9 +20,6 @@ keras = require("keras")
 
 B, H, N_Q, N_K, D, E_Q, E_S = 2, 3, 5, 7, 11, 13, 17
 """Sizes of every test."""
-
-CLOSE = {"rtol": 0, "atol": 4e-6}
-"""Sums of at most 17 float32 products of numbers below 8: 2^-24 * 17 * 4 and a little."""
 
 
 def _normal(seed: int, *shape: int) -> np.ndarray:
@@ -51,7 +49,12 @@ def test_the_operation_agrees(asked: dict[str, Any], same: dict[str, Any]) -> No
     query, key, value = _normal(2, B, H, N_Q, D), _normal(3, B, H, N_K, D), _normal(4, B, H, N_K, D)
     swapped = (np.swapaxes(a, 1, 2) for a in (query, key, value))
     theirs = np.swapaxes(np.asarray(keras.ops.dot_product_attention(*swapped, **asked)), 1, 2)
-    np.testing.assert_allclose(attention(query, key, value, **same).output, theirs, **CLOSE)
+    ours = attention(query, key, value, **same).output
+    inputs = {"query": query, "key": key, "value": value}
+    inputs |= {name: same[name] for name in same if name == "bias"}
+    numbers = {name: same[name] for name in same if name != "bias"}
+    allowed = allowed_between("attention", inputs, numbers, {}, "float32")["output"]
+    assert (np.abs(ours - theirs) <= allowed).all()
 
 
 def _layer() -> tuple[Any, dict[str, np.ndarray]]:
@@ -76,7 +79,9 @@ def test_the_layer_agrees(causal: bool) -> None:
     layer, weights = _layer()
     x, y = _normal(6, B, N_Q, E_Q), _normal(7, B, N_K, E_S)
     theirs = np.asarray(layer(x, y, use_causal_mask=causal))
-    np.testing.assert_allclose(multihead_attention(x, y, **weights, causal=causal), theirs, **CLOSE)
+    np.testing.assert_allclose(
+        multihead_attention(x, y, **weights, causal=causal), theirs, rtol=0, atol=4e-6
+    )
 
 
 @pytest.mark.clause("OWN-EMPTY1", "OWN-MASK1")
@@ -92,7 +97,7 @@ def test_the_layer_has_two_answers_to_an_empty_row(with_weights: bool, empty_row
     heads = attention(query, key, value, **options).output
     ours = np.einsum("bhnd,hde->bne", heads, weights["w_output"])
     theirs = answer[0] if with_weights else answer
-    np.testing.assert_allclose(ours, np.asarray(theirs), **CLOSE)
+    np.testing.assert_allclose(ours, np.asarray(theirs), rtol=0, atol=4e-6)
     if with_weights:
         P = attention_weights(query, key, value, **options)
-        np.testing.assert_allclose(P, np.asarray(answer[1]), **CLOSE)
+        np.testing.assert_allclose(P, np.asarray(answer[1]), rtol=0, atol=4e-6)

@@ -1,0 +1,183 @@
+"""Backends: what loads, what is absent and why, and that numpy runs every operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refattn.arrays import FLOATS, numpy_dtype
+from refattn.backends import (
+    BACKENDS,
+    CLAIMS,
+    OPS,
+    BackendAbsent,
+    Unsupported,
+    claiming,
+    load,
+)
+
+
+def _drawn(*shape: int) -> np.ndarray:
+    return np.random.default_rng(list(shape)).integers(-8, 9, shape).astype(np.float32) / 8
+
+
+def _attention() -> dict[str, Any]:
+    inputs = {"query": _drawn(2, 4, 3, 5), "key": _drawn(2, 2, 7, 5), "value": _drawn(2, 2, 7, 11)}
+    return inputs | {
+        "bias": _drawn(1, 4, 3, 7),
+        "slopes": _drawn(4),
+        "sinks": _drawn(4) + 1,
+        "d_output": _drawn(2, 4, 3, 11),
+        "d_logsumexp": _drawn(2, 4, 3),
+    }
+
+
+def _multihead() -> dict[str, Any]:
+    return {
+        "query_input": _drawn(2, 3, 5),
+        "source_input": _drawn(2, 7, 11),
+        "w_query": _drawn(2, 5, 3),
+        "w_key": _drawn(2, 11, 3),
+        "w_value": _drawn(2, 11, 2),
+        "w_output": _drawn(2, 2, 13),
+        "head_gates": _drawn(2),
+        "d_output": _drawn(2, 3, 13),
+    }
+
+
+CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, tuple]]] = {
+    "attention": (
+        _attention(),
+        {"causal": True, "window": [2, None]},
+        {"alignment": [0, 1]},
+        {
+            "output": (2, 4, 3, 11),
+            "logsumexp": (2, 4, 3),
+            "d_query": (2, 4, 3, 5),
+            "d_key": (2, 2, 7, 5),
+            "d_value": (2, 2, 7, 11),
+            "d_bias": (1, 4, 3, 7),
+            "d_slopes": (4,),
+            "d_sinks": (4,),
+        },
+    ),
+    "multihead": (
+        _multihead(),
+        {"causal": True},
+        {"alignment": "bottom_right"},
+        {"output": (2, 3, 13)}
+        | {f"d_{n}": a.shape for n, a in _multihead().items() if n[0] != "d"},
+    ),
+    "head_importance": (
+        {"head_outputs": _drawn(2, 3, 5, 7, 4), "d_head_outputs": _drawn(2, 3, 5, 7, 4)},
+        {},
+        {"granularity": "token"},
+        {"importance": (2, 5), "normalized": (2, 5), "order": (10,)},
+    ),
+    "rope": (
+        {"x": _drawn(2, 3, 5, 8), "positions": np.arange(5), "d_output": _drawn(2, 3, 5, 8)},
+        {"base": 500.0, "rotary_dim": 6, "variant": {"kind": "linear", "factor": 2.0}},
+        {"pairing": "half_split"},
+        {
+            "frequencies": (3,),
+            "attention_factor": (),
+            "cosine": (5, 3),
+            "sine": (5, 3),
+            "output": (2, 3, 5, 8),
+            "d_x": (2, 3, 5, 8),
+        },
+    ),
+    "alibi": (
+        {},
+        {"heads": 3, "n_q": 5, "n_k": 7},
+        {"alignment": 2, "distance": "signed", "slope_rule": "geometric"},
+        {"slopes": (3,), "bias": (3, 5, 7)},
+    ),
+    "tiles": (
+        {"query": _drawn(5, 4), "key": _drawn(7, 4), "value": _drawn(7, 3)},
+        {"block_rows": 2, "block_cols": 3},
+        {},
+        {"row_max": (3, 5), "row_sum": (3, 5), "states": (3, 5, 3)},
+    ),
+    "merge": (
+        {"outputs": _drawn(3, 5, 2), "logsumexps": _drawn(3, 5)},
+        {},
+        {},
+        {"output": (5, 2), "logsumexp": (5,)},
+    ),
+    "score": (
+        {"query": _drawn(3, 5), "key": _drawn(7, 2), "weight": _drawn(5, 2)},
+        {"kind": "general"},
+        {},
+        {"scores": (3, 7)},
+    ),
+    "rope_decay": (
+        {"distances": np.arange(7)},
+        {"d": 8, "base": 10000.0},
+        {},
+        {"decay": (7,)},
+    ),
+    "traffic": (
+        {},
+        {"n_q": 5, "n_k": 7, "d": 3, "sram": 60, "algorithm": "tiled"},
+        {},
+        {"reads": (), "writes": ()},
+    ),
+    "keep_mask": (
+        {},
+        {"seed": 3, "offset": 1, "shape": [2, 3, 5], "keep_probability": 0.5},
+        {},
+        {"keep": (2, 3, 5)},
+    ),
+}
+"""A call of every operation, and the shape of each output."""
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("op", OPS)
+def test_numpy_runs_every_operation_in_every_dtype(op: str, dtype: str) -> None:
+    inputs, parameters, conventions, shapes = CALLS[op]
+    before = {name: array.copy() for name, array in inputs.items()}
+    outputs = load("numpy").run(op, inputs, parameters, conventions, dtype)
+    assert {name: array.shape for name, array in outputs.items()} == shapes
+    computing = np.dtype("float64" if dtype == "float64" else "float32")
+    for name, array in outputs.items():
+        assert array.dtype.kind in "ib" or array.dtype in (numpy_dtype(dtype), computing), name
+    assert all(np.array_equal(before[name], array) for name, array in inputs.items())
+
+
+def test_numpy_computes_in_the_dtype_that_is_asked_for() -> None:
+    inputs = {name: _drawn(1, 1, 3, 5) for name in ("query", "key", "value")}
+    run = load("numpy").run
+    found = {d: run("attention", inputs, {}, {}, d)["output"] for d in FLOATS}
+    assert {d: a.dtype for d, a in found.items()} == {d: numpy_dtype(d) for d in FLOATS}
+    exact = found["float64"]
+    errors = [np.abs(found[d].astype(np.float64) - exact).max() for d in FLOATS]
+    assert errors[0] == 0 < errors[1] < errors[2] < errors[3] < 0.01
+
+
+def test_an_absent_backend_says_why() -> None:
+    for name in set(BACKENDS) - {"numpy"}:
+        with pytest.raises(BackendAbsent, match=f"backend {name} is absent: not part of this"):
+            load(name)
+
+
+def test_an_unknown_backend_is_told_the_names() -> None:
+    with pytest.raises(BackendAbsent, match="there is no backend torch; there are numpy, numba"):
+        load("torch")
+
+
+def test_what_is_not_claimed_is_refused() -> None:
+    run = load("numpy").run
+    with pytest.raises(Unsupported, match="op is convolution, but backend numpy claims attention"):
+        run("convolution", {}, {}, {}, "float64")
+    with pytest.raises(Unsupported, match="dtype is int8, but backend numpy claims float64"):
+        run("merge", {}, {}, {}, "int8")
+
+
+def test_a_claim_covers_every_operation_or_none() -> None:
+    assert set(CLAIMS["numpy"]) == set(OPS) == set(CALLS)
+    assert claiming({"rope", "alibi"}) == ("numpy",)
+    assert claiming({"rope", "convolution"}) == claiming(set()) == ()
