@@ -31,6 +31,8 @@ class Profile(NamedTuple):
     name: str
     dtype: str
     """Format of inputs and outputs."""
+    computing: str
+    """Format of the arithmetic, and of statistics such as the logsumexp."""
     accumulated: float
     """u: largest relative error of one operation of the arithmetic."""
     operand: float
@@ -46,12 +48,14 @@ class Profile(NamedTuple):
 PROFILES: dict[str, Profile] = {
     p.name: p
     for p in (
-        Profile("fp64", "float64", 2.0**-53, 2.0**-53, 0.0, 2.0**-1022, 2.0**-1022),
-        Profile("fp32", "float32", 2.0**-24, 2.0**-24, 0.0, 2.0**-126, 2.0**-126),
-        Profile("tf32", "float32", 2.0**-23, 2.0**-24, 2.0**-10, 2.0**-126, 2.0**-126),
-        Profile("bf16", "bfloat16", 2.0**-23, 2.0**-8, 0.0, 2.0**-126, 2.0**-126),
-        Profile("fp16", "float16", 2.0**-23, 2.0**-11, 0.0, 2.0**-126, 2.0**-25),
-        Profile("fp16_accumulate", "float16", 2.0**-11, 2.0**-11, 0.0, 2.0**-24, 2.0**-25),
+        Profile("fp64", "float64", "float64", 2.0**-53, 2.0**-53, 0.0, 2.0**-1022, 2.0**-1022),
+        Profile("fp32", "float32", "float32", 2.0**-24, 2.0**-24, 0.0, 2.0**-126, 2.0**-126),
+        Profile("tf32", "float32", "float32", 2.0**-23, 2.0**-24, 2.0**-10, 2.0**-126, 2.0**-126),
+        Profile("bf16", "bfloat16", "float32", 2.0**-23, 2.0**-8, 0.0, 2.0**-126, 2.0**-126),
+        Profile("fp16", "float16", "float32", 2.0**-23, 2.0**-11, 0.0, 2.0**-126, 2.0**-25),
+        Profile(
+            "fp16_accumulate", "float16", "float16", 2.0**-11, 2.0**-11, 0.0, 2.0**-24, 2.0**-25
+        ),
     )
 }
 """The precisions that an implementation can declare; NUM-MODEL1 tells what each one permits."""
@@ -122,6 +126,8 @@ def _coefficients(
     if trivial and error > LARGEST_EXPONENT:
         # within the hull of the values, whatever the weights
         return 0.0, 0.0, trivial * (1 + growth_of_sums(longest, p)) + floor
+    if f"{name}.statistic" in magnitudes:
+        a = 0.0  # it stays in the computing format
     a += magnitudes.get(f"{name}.roundings", 0.0) * p.accumulated
     if f"{name}.angle" in magnitudes:
         b = FINE  # angles are computed in binary64 in every profile

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from refattn.arrays import FLOATS
 from refattn.backends import BACKENDS, Backend, BackendAbsent, Unsupported, load
 from refattn.bounds import profile_of
+from refattn.checks import check_option
 from refattn.errors import RefattnError
 from refattn.judge import judge
 from refattn.vectors.pack import Case
@@ -81,11 +82,8 @@ def jobs(
     """Return every job of a selection.
 
     Raises:
-        RefattnError: a dtype is unknown, or the selection is empty.
+        RefattnError: the selection is empty.
     """
-    for dtype in dtypes:
-        if dtype not in FLOATS:
-            raise RefattnError(f"dtype is {dtype}, but it must be one of {', '.join(FLOATS)}")
     found = [
         Job(case, backend.name, dtype)
         for case in cases
@@ -114,19 +112,6 @@ def run(job: Job) -> Result:
         return Result(*about, False, float("inf"), f"{type(error).__name__}: {message}")
     bad = next((output for output in verdict.outputs if not output.ok), None)
     return Result(*about, verdict.ok, float(verdict.ratio), bad.reason if bad else "")
-
-
-def run_all(found: Sequence[Job], workers: int = 1) -> Iterator[Result]:
-    """Yield the results in the order of the jobs, from several processes if asked."""
-    if workers < 2 or len(found) < workers:
-        yield from map(run, found)
-        return
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(run, found, chunksize=16)
 
 
 def table(results: Iterable[Result]) -> dict[str, dict[tuple[str, str], Cell]]:
@@ -170,7 +155,6 @@ def check(
     backends: Sequence[str] = (),
     clauses: Sequence[str] = (),
     dtypes: Sequence[str] = (),
-    workers: int = 1,
     watch: Callable[[Any, int, str], Any] = lambda items, total, what: items,
 ) -> dict[str, Any]:
     """Run the core pack and return the whole check as plain data.
@@ -179,7 +163,6 @@ def check(
         backends: only these; all that load here if empty.
         clauses: only vectors that exercise one of them; all if empty.
         dtypes: only these; all if empty.
-        workers: number of processes.
         watch: wraps the results as they come: `watch(items, total, what)`.
 
     Raises:
@@ -190,10 +173,12 @@ def check(
     from refattn.spec_text import find, load_clauses
     from refattn.vectors.pack import core_pack
 
+    for dtype in dtypes:
+        check_option("check", "dtype", dtype, FLOATS)
     found, absent = present(backends)
     known = load_clauses()
     wanted = [find(id_, known).id for id_ in clauses]
     pack = core_pack()
     todo = jobs(pack.cases, found, clauses=wanted, dtypes=dtypes)
-    results = list(watch(run_all(todo, workers), len(todo), "checking"))
+    results = list(watch(map(run, todo), len(todo), "checking"))
     return summary(results, absent, pack.root_hash, version("refattn"))

@@ -261,7 +261,8 @@ def flash_attention_forward(
     kept = 1.0 if keep_probability is None else keep_probability
     state = _zero_state(widen(query), widen(value))  # line 3
     rows, cols = spans(sizes["n_q"], block_rows), spans(sizes["n_k"], block_cols)
-    Q, K, V = divide(widen(query), rows), divide(widen(key), cols), divide(widen(value), cols)
+    Q = divide(widen(query), rows)  # line 4
+    K, V = divide(widen(key), cols), divide(widen(value), cols)
     m, l, O = (divide(x, rows) for x in state)  # line 5
     for j in range(len(cols)):  # line 6
         K_j, V_j = K[j], V[j]  # line 7
@@ -275,7 +276,8 @@ def flash_attention_forward(
             m_new = xp.maximum(m_i, m_tilde_ij)  # line 13
             old, new = xp.exp(m_i - shift(m_new)), xp.exp(m_tilde_ij - shift(m_new))
             l_new = old * l_i + new * l_tilde_ij
-            P_dropped = drop_weights(P_tilde_ij, kept_cells(rules, rows[i], cols[j]), kept)  # 14
+            keep_ij = kept_cells(rules, rows[i], cols[j])
+            P_dropped = drop_weights(P_tilde_ij, keep_ij, kept)  # line 14
             PV_ij = product_over_allowed(P_dropped, V_j, allowed)
             O[i] = (l_i * old * O_i + new * PV_ij) / divisor(l_new)  # line 15
             l[i], m[i] = l_new, m_new  # line 16

@@ -110,7 +110,8 @@ def flash_attention_backward(
     tau = default_scale(scale, sizes["d_k"])
     kept = 1.0 if keep_probability is None else keep_probability
     rows, cols = spans(sizes["n_q"], block_rows), spans(sizes["n_k"], block_cols)
-    Q, K, V = divide(widen(query), rows), divide(widen(key), cols), divide(widen(value), cols)
+    Q = divide(widen(query), rows)  # line 3
+    K, V = divide(widen(key), cols), divide(widen(value), cols)
     O, dO = divide(widen(output), rows), divide(widen(d_output), rows)  # line 4
     l, m = divide(row_sum[..., None], rows), divide(row_max[..., None], rows)
     dQ, dK, dV = ([xp.zeros_like(x) for x in blocks] for blocks in (Q, K, V))  # line 5
@@ -123,14 +124,16 @@ def flash_attention_backward(
             keep_ij = kept_cells(rules, rows[i], cols[j])
             S_ij = masked_scores(Q_i, K_j, allowed, tau)  # lines 11, 12
             P_ij = xp.exp(S_ij - shift(m_i)) / divisor(l_i)  # line 13
+            P_ij = xp.where(allowed, P_ij, xp.zeros_like(P_ij))  # also where m_i is NaN
             P_dropped = drop_weights(P_ij, keep_ij, kept)  # lines 14, 15
             allowed_T = xp.matrix_transpose(allowed)
             P_dropped_T = xp.matrix_transpose(P_dropped)
             dV_j = dV_j + product_over_allowed(P_dropped_T, dO_i, allowed_T)  # line 16
-            dP_dropped = _weight_gradient(dO_i, V_j, allowed)  # line 17
+            dP_dropped = dO_i @ xp.matrix_transpose(V_j)  # line 17
             dP_ij = drop_weights(dP_dropped, keep_ij, kept)  # line 18
             D_i = xp.sum(dO_i * O_i, axis=-1, keepdims=True)  # line 19
-            dS_ij = xp.where(allowed, P_ij * (dP_ij - D_i), xp.zeros_like(P_ij))  # line 20
+            dS_ij = P_ij * (dP_ij - D_i)  # line 20
+            dS_ij = xp.where(allowed, dS_ij, xp.zeros_like(dS_ij))  # also where D_i is NaN
             dQ[i] = dQ[i] + tau * product_over_allowed(dS_ij, K_j, allowed)  # line 21
             dS_T = xp.matrix_transpose(dS_ij)
             dK_j = dK_j + tau * product_over_allowed(dS_T, Q_i, allowed_T)  # line 22
@@ -140,18 +143,6 @@ def flash_attention_backward(
         narrow(join(dK, xp.zeros_like(widen(key))), key),
         narrow(join(dV, xp.zeros_like(widen(value))), value),
     )
-
-
-def _weight_gradient(dO_i: Array, V_j: Array, allowed: Array) -> Array:
-    """Return the gradient of the dropped weights of a tile, 0 in the cells that are not allowed.
-
-    Spec: FA1-ALG4 line 17, OWN-POISON1.
-
-        dP_ij = dO_i V_jᵀ
-    """
-    xp = array_namespace(dO_i)
-    dP_ij = dO_i @ xp.matrix_transpose(V_j)
-    return xp.where(allowed, dP_ij, xp.zeros_like(dP_ij))
 
 
 def _check_saved(

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from refattn.arrays import numpy_dtype
 from refattn.bounds import PROFILES
 from refattn.checks import check_option
 
 KINDS = {"b": "bool", "i": "integer", "u": "integer", "f": "float"}
 """Dtype kinds by NumPy's letters; ml_dtypes' formats count as float."""
+
+STATISTICS = frozenset(
+    {"logsumexp", "row_max", "row_sum", "frequencies", "attention_factor", "cosine", "sine"}
+)
+"""Outputs in the computing format of a profile; all others are in its format of results."""
 
 NULLS = ("zeros", "mean_value", "uniform_weights", "first_value", "ones")
 """Answers that take no attention to give, and that every vector must reject."""
@@ -119,12 +124,13 @@ def _judge_output(case: Judged, name: str, actual: Any, profile: str) -> OutputV
         return _judge_exact(name, found, expected)
     wanted = expected.astype(np.float64)
     got = found.astype(np.float64)
-    overflowed = _narrowed(wanted, profile)
-    wrong = _kinds(got) != _kinds(overflowed)
+    narrowed = _narrowed(name, wanted, profile)
+    # a value beyond the range of the format is infinite, or kept in a wider array
+    wrong = (_kinds(got) != _kinds(narrowed)) & (_kinds(got) != _kinds(wanted))
     if wrong.any():
-        return _misplaced(name, got, overflowed, wrong, profile)
+        return _misplaced(name, got, narrowed, wrong, profile)
     bound = bound_of(case, name, profile)
-    ratios = _ratios(got, wanted, bound, np.isfinite(overflowed))
+    ratios = _ratios(got, wanted, bound, np.isfinite(got))
     at = _worst(ratios)
     if at is None:
         return OutputVerdict(name, True, 0.0, None, None, None, None, "")
@@ -167,10 +173,10 @@ def _judge_exact(name: str, found: NDArray[Any], expected: NDArray[Any]) -> Outp
     )
 
 
-def _narrowed(expected: NDArray[np.float64], profile: str) -> NDArray[np.float64]:
-    """Round expected values to the profile's format, in which they may overflow."""
-    name = PROFILES[profile].dtype
-    dtype = np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+def _narrowed(name: str, expected: NDArray[np.float64], profile: str) -> NDArray[np.float64]:
+    """Round expected values to the format they are returned in, where they may overflow."""
+    p = PROFILES[profile]
+    dtype = numpy_dtype(p.computing if name in STATISTICS else p.dtype)
     with np.errstate(all="ignore"):
         return expected.astype(dtype).astype(np.float64)
 

@@ -21,6 +21,7 @@ from refattn.checks import (
 )
 from refattn.rope_frequencies import Variant, rope_frequencies
 from refattn.rope_tables import RopeTables, tables_of
+from refattn.rope_variants import check_rotary_dim
 
 PAIRINGS = ("interleaved", "half_split")
 """Features (2i, 2i+1) form a pair, as in the paper, or features (i, i + d/2)."""
@@ -215,14 +216,15 @@ def rope_tables_for(
     d = x.shape[-1]
     r = d if rotary_dim is None else rotary_dim
     where = describe(function, {"x": x, "positions": positions})
+    check_rotary_dim(function, r)
     if r > d:
         raise OptionError(f"rotary_dim is {r}, but x has d={d}; it must be at most that {where}")
-    if r < d and variant is not None and variant.get("kind") == "proportional":
+    frequencies = rope_frequencies(r, base=base, variant=variant)
+    if r < d and variant is not None and variant["kind"] == "proportional":
         raise OptionError(
             f"rotary_dim is {r}, but variant proportional spans all d={d} features; give it "
             f"partial_rotary_factor instead {where}"
         )
-    frequencies = rope_frequencies(r, base=base, variant=variant)
     return tables_of(positions, frequencies, like=x, dtype=table_dtype(x))
 
 

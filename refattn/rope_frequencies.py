@@ -12,7 +12,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal, localcontext
 from typing import Any, NamedTuple, TypeAlias
 
 from refattn.checks import OptionError, check_finite, check_positive
-from refattn.rope_variants import Numbers, check_variant
+from refattn.rope_variants import Numbers, check_rotary_dim, check_variant
 
 DIGITS = 100
 """Decimal digits of every frequency; a position of 2^32 costs ten of them."""
@@ -32,8 +32,8 @@ YARN_BETA_FAST = Decimal(32)
 YARN_BETA_SLOW = Decimal(1)
 """Turns within the trained length below which yarn divides a frequency by the factor."""
 
-YARN_WIDTH = Decimal("0.001")
-"""Width of yarn's ramp, in pairs, where its two ends fall together."""
+YARN_WIDTH = Decimal.from_float(0.001)
+"""Width of yarn's ramp, in pairs, where its two ends fall together: the binary64 0.001."""
 
 YARN_LOGARITHM = Decimal("0.1")
 """How much yarn's attention factor grows with the logarithm of the factor."""
@@ -72,10 +72,7 @@ def rope_frequencies(
             variant is unknown, lacks a number, has an unknown one, or one out of its range.
     """
     name = "rope_frequencies"
-    if isinstance(rotary_dim, bool) or rotary_dim < 2 or rotary_dim % 2:
-        raise OptionError(
-            f"rotary_dim is {rotary_dim}, but it must be even and at least 2 [{name}]"
-        )
+    check_rotary_dim(name, rotary_dim)
     check_positive(name, base=base)
     kind, numbers = check_variant(name, rotary_dim, variant)
     with localcontext(Context(prec=DIGITS)):

@@ -28,7 +28,7 @@ TABLE_DTYPES = ("float64", "float32")
 TAU_HIGH = 2 * math.pi
 """2π rounded to binary64."""
 
-TAU_LOW = float(Context(prec=DIGITS).fma(2, PI, -Decimal(TAU_HIGH)))
+TAU_LOW = float(Context(prec=DIGITS).fma(2, PI, Decimal(-TAU_HIGH)))
 """What `TAU_HIGH` lacks of 2π."""
 
 SPLITTER = 134217729.0

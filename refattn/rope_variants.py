@@ -53,6 +53,18 @@ LISTS = ("short_factor", "long_factor")
 """The numbers given pair by pair."""
 
 
+def check_rotary_dim(function: str, rotary_dim: int) -> None:
+    """Check the number of rotated features.
+
+    Raises:
+        OptionError: it is no integer, odd, or below 2.
+    """
+    if not _is_integer(rotary_dim) or rotary_dim < 2 or rotary_dim % 2:
+        raise OptionError(
+            f"rotary_dim is {rotary_dim!r}, but it must be even and at least 2 [{function}]"
+        )
+
+
 def check_variant(
     function: str, rotary_dim: int, variant: Mapping[str, Any] | None
 ) -> tuple[str, Numbers]:
@@ -61,6 +73,10 @@ def check_variant(
     Raises:
         OptionError: the kind is unknown, or a number is missing, unknown, or out of its range.
     """
+    if variant is not None and not isinstance(variant, Mapping):
+        raise OptionError(
+            f'variant is {variant!r}, but it must be an object {{"kind": ...}} [{function}]'
+        )
     given = dict(variant or {"kind": "default"})
     kind = given.pop("kind", None)
     check_option(function, "variant's kind", kind, VARIANTS)

@@ -19,6 +19,7 @@ class Direct(NamedTuple):
     row_sum: Floats
     logsumexp: Floats
     bound: Floats  # of the output of any order of summation in float64
+    relative: Floats  # error of a row's sums, relative to their sum of magnitudes
 
 
 class DirectGradients(NamedTuple):
@@ -36,6 +37,7 @@ def direct(query, key, value, *, scale=1.0, allowed=None, keep=None, kept=1.0, t
     rows = np.ones((n_q, n_k), bool) if allowed is None else np.broadcast_to(allowed, (n_q, n_k))
     O, bound = np.zeros((n_q, d_v), np.longdouble), np.zeros((n_q, d_v), np.longdouble)
     m, l = np.full(n_q, -np.inf, np.longdouble), np.zeros(n_q, np.longdouble)
+    relative = np.zeros(n_q, np.longdouble)
     for i in range(n_q):
         seen = np.flatnonzero(rows[i])
         if len(seen) == 0:
@@ -47,9 +49,35 @@ def direct(query, key, value, *, scale=1.0, allowed=None, keep=None, kept=1.0, t
         l[i] = e.sum()
         p = e / l[i] * (1 if keep is None else keep[i, seen] / np.longdouble(kept))
         O[i] = p @ V
-        bound[i] = _relative(query[i], K, scale, n_k, tiles) * (p @ np.abs(V)) + 1e-300
+        relative[i] = _relative(query[i], K, scale, n_k, tiles)
+        bound[i] = relative[i] * (p @ np.abs(V)) + 1e-300
     with np.errstate(divide="ignore"):
-        return Direct(O, m, l, m + np.log(l), bound)
+        return Direct(O, m, l, m + np.log(l), bound, relative)
+
+
+def assert_output(output: Floats, expected: Direct) -> None:
+    """Check an output against the definition, within what rounding may do."""
+    error = np.abs(output - expected.output)
+    worst = np.unravel_index(np.argmax(error - expected.bound), error.shape)
+    assert (error <= expected.bound).all(), (worst, error[worst], expected.bound[worst])
+
+
+def assert_statistics(row_max: Floats, row_sum: Floats, expected: Direct) -> None:
+    """Check m and l: a logit is off by less than `relative`, a sum by that share of itself."""
+    empty = np.isneginf(expected.row_max)
+    np.testing.assert_array_equal(np.isneginf(row_max), empty)
+    error = np.abs(row_max[~empty] - expected.row_max[~empty])
+    assert (error <= expected.relative[~empty]).all()
+    assert (np.abs(row_sum - expected.row_sum) <= expected.relative * expected.row_sum).all()
+
+
+def assert_logsumexp(logsumexp: Floats, expected: Direct) -> None:
+    """Check L = m + ln l, itself rounded."""
+    empty = np.isneginf(expected.logsumexp)
+    np.testing.assert_array_equal(np.isneginf(logsumexp), empty)
+    exact = expected.logsumexp[~empty]
+    bound = 2 * expected.relative[~empty] + np.finfo(np.float64).eps * np.abs(exact)
+    assert (np.abs(logsumexp[~empty] - exact) <= bound).all()
 
 
 def direct_gradients(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from direct_attention import direct, tiles_of
+from direct_attention import assert_logsumexp, assert_output, assert_statistics, direct, tiles_of
 from refattn.checks import DtypeError, OptionError, ShapeError
 from refattn.flash import (
     block_sizes,
@@ -33,11 +33,11 @@ def draw(seed: int, n_q=N_Q, n_k=N_K, d=D, d_v=D_V, spread=1.0):
     )
 
 
-def assert_within(actual, expected):
-    """Check an output against the definition, within what rounding may do."""
-    error = np.abs(actual - expected.output)
-    worst = np.unravel_index(np.argmax(error - expected.bound), error.shape)
-    assert (error <= expected.bound).all(), (worst, error[worst], expected.bound[worst])
+def assert_within(result, expected):
+    """Check every field of a result against the definition."""
+    assert_output(result.output, expected)
+    assert_statistics(result.row_max, result.row_sum, expected)
+    assert_logsumexp(result.logsumexp, expected)
 
 
 shapes = st.tuples(*(st.integers(1, n) for n in (19, 23, 7, 5)))
@@ -57,6 +57,7 @@ def test_block_sizes_are_rounded_up_and_rows_stay_within_d(sram, d, block_rows, 
 
 
 @pytest.mark.clause("FA1-ALG1")
+@settings(deadline=None)
 @given(sram=st.integers(1, 10**12), d=st.integers(1, 10**6))
 def test_block_sizes_are_exact_for_large_numbers(sram, d):
     quarter = math.ceil(Fraction(sram, 4 * d))
@@ -79,6 +80,7 @@ def test_two_tiles_of_one_key_by_hand():
 
 
 @pytest.mark.clause("FA1-THM1", "FA1-ALG1")
+@settings(deadline=None)
 @given(shape=shapes, tiles=tile_sizes, scale=st.sampled_from([1.0, 0.25, -2.0]))
 def test_tiling_leaves_the_output_unchanged(shape, tiles, scale):
     query, key, value = draw(sum(shape), *shape)
@@ -86,12 +88,7 @@ def test_tiling_leaves_the_output_unchanged(shape, tiles, scale):
         query, key, value, block_rows=tiles[0], block_cols=tiles[1], scale=scale
     )
     expected = direct(query, key, value, scale=scale, tiles=tiles_of(shape[1], tiles[1]))
-    assert_within(result.output, expected)
-    np.testing.assert_allclose(result.row_max, expected.row_max.astype(float), rtol=1e-13)
-    np.testing.assert_allclose(result.row_sum, expected.row_sum.astype(float), rtol=1e-13)
-    np.testing.assert_allclose(
-        result.logsumexp, expected.logsumexp.astype(float), rtol=1e-13, atol=1e-13
-    )
+    assert_within(result, expected)
 
 
 @pytest.mark.clause("FA1-THM1", "FA1-ALG1")
@@ -105,9 +102,8 @@ def test_after_each_outer_step_the_state_is_attention_over_the_keys_so_far(block
     for j in range(steps):
         seen = min((j + 1) * block_cols, N_K)
         expected = direct(query, key[:seen], value[:seen], scale=0.5, tiles=j + 1)
-        assert_within(states.states[j], expected)
-        np.testing.assert_allclose(states.row_max[j], expected.row_max.astype(float), rtol=1e-14)
-        np.testing.assert_allclose(states.row_sum[j], expected.row_sum.astype(float), rtol=1e-14)
+        assert_output(states.states[j], expected)
+        assert_statistics(states.row_max[j], states.row_sum[j], expected)
 
 
 @pytest.mark.clause("FA1-ALG1")
@@ -139,7 +135,7 @@ def test_the_order_of_the_keys_does_not_matter():
         result = flash_attention(
             query, key[order], value[order], block_rows=4, block_cols=block_cols
         )
-        assert_within(result.output, direct(query, key, value, tiles=tiles_of(N_K, block_cols)))
+        assert_within(result, direct(query, key, value, tiles=tiles_of(N_K, block_cols)))
 
 
 @pytest.mark.clause("FA1-ALG1")
@@ -279,7 +275,7 @@ def problems(draw_from):
 
 
 @pytest.mark.clause("FA1-ALG2", "OWN-EMPTY1", "OWN-CAUSAL1", "OWN-MASK1", "OWN-DROPOUT1")
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(problem=problems())
 def test_tiles_with_mask_and_dropout_agree_with_the_definition(problem):
     operands, options, allowed, dropout = problem
@@ -292,11 +288,7 @@ def test_tiles_with_mask_and_dropout_agree_with_the_definition(problem):
         tiles=tiles_of(n_k, options["block_cols"]),
         **dropout,
     )
-    assert_within(result.output, expected)
-    np.testing.assert_allclose(
-        result.logsumexp, expected.logsumexp.astype(float), rtol=1e-13, atol=1e-13
-    )
-    np.testing.assert_allclose(result.row_sum, expected.row_sum.astype(float), rtol=1e-13)
+    assert_within(result, expected)
 
 
 @pytest.mark.clause("OWN-EMPTY1", "FA1-ALG2")
@@ -314,7 +306,7 @@ def test_a_row_without_a_key_is_zero_in_every_tile(block_cols):
     np.testing.assert_array_equal(result.row_sum[[2, 7]], [0.0] * 2)
     np.testing.assert_array_equal(result.logsumexp[[2, 7]], [-np.inf] * 2)
     expected = direct(query, key, value, scale=1 / math.sqrt(D), allowed=mask, tiles=17)
-    assert_within(result.output, expected)
+    assert_within(result, expected)
 
 
 @pytest.mark.clause("OWN-CAUSAL1", "FA1-ALG2")

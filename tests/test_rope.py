@@ -175,6 +175,15 @@ def test_the_plane_turns_the_first_axis_towards_the_second_by_hand():
 
 
 @pytest.mark.clause("ROPE-EQ12", "ROPE-EQ13")
+def test_a_negative_frequency_turns_the_other_way():
+    x, m = features(5, 2), np.array([3, -3, 0, 70000, -70000])
+    forward = rotate_plane(x, m, frequency=0.7)
+    np.testing.assert_array_equal(rotate_plane(x, -m, frequency=-0.7), forward)
+    np.testing.assert_array_equal(rotate_plane(x, m, frequency=-0.7)[2], x[2])
+    assert np.all(rotate_plane(x, m, frequency=-0.7)[[0, 1, 3, 4]] != forward[[0, 1, 3, 4]])
+
+
+@pytest.mark.clause("ROPE-EQ12", "ROPE-EQ13")
 @given(m=INTEGERS, frequency=st.floats(-4, 4, allow_subnormal=False), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
 def test_complex_multiplication_is_rotation_of_the_plane(m, frequency, seed):
@@ -273,6 +282,13 @@ REFUSED = {
     "no feature": (lambda: rope(X[..., :3], M), OptionError, "rotary_dim is 3, but .* even"),
     "odd": (lambda: rope(X, M, rotary_dim=3), OptionError, "rotary_dim is 3, but .* even"),
     "zero": (lambda: rope(X, M, rotary_dim=0), OptionError, "rotary_dim is 0, but .* at least 2"),
+    "no integer": (lambda: rope(X, M, rotary_dim=2.0), OptionError, "rotary_dim is 2.0, but .* ev"),
+    "no object": (lambda: rope(X, M, variant="yarn"), OptionError, "variant is 'yarn', but it"),
+    "no kind": (
+        lambda: rope(X, M, rotary_dim=2, variant={"f": 1}),
+        OptionError,
+        "kind is None, but",
+    ),
     "above d": (lambda: rope(X, M, rotary_dim=6), OptionError, "rotary_dim is 6, but x has d=4"),
     "length": (lambda: rope(X, M[:2]), ShapeError, "positions has n=2, but x has n=3"),
     "items": (lambda: rope(X, np.ones((5, 3), int)), ShapeError, r"shape \(5, 3\), but x of"),

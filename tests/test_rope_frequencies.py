@@ -111,6 +111,20 @@ def test_yarns_ramp_is_a_step_where_its_ends_fall_together():
 
 
 @pytest.mark.clause("OWN-ROPE4")
+def test_yarns_ramp_may_end_beyond_the_last_pair_but_not_beyond_the_last_feature():
+    for length, high in ((10**6, 6), (10**12, 7)):  # ρ(1) = 5.2 and 11.2, of 8 features
+        variant = {"kind": "yarn", "factor": 2, "original_length": length, "beta_fast": 1e5}
+        with mpmath.workdps(50):
+            turns = length / (2 * mpmath.pi * 10**5)
+            low = mpmath.floor(8 * mpmath.log(turns) / (2 * mpmath.log(10**4)))
+            share = [max((i - low) / (high - low), mpmath.mpf(0)) for i in range(4)]
+            pairs = zip(paper(8), share, strict=True)
+            expected = [float(theta * (1 - s) + theta / 2 * s) for theta, s in pairs]
+        assert floats(8, variant=variant) == expected
+    assert expected == [float(theta) for theta in paper(8)]  # the ramp starts at pair 6
+
+
+@pytest.mark.clause("OWN-ROPE4")
 def test_yarns_attention_factor():
     assert factor(8, base=100.0, variant=YARN) == float(1 + mpmath.log(40) / 10)
     assert factor(8, base=100.0, variant={**YARN, "factor": 0.5}) == 1.0

@@ -184,6 +184,7 @@ def test_the_gradients_match_central_differences(kind):
     present = {n.removeprefix("d_"): g for n, g in gradients.items() if g is not None}
     assert set(present) == set(a)
     if kind == "location":
+        assert present["key"].shape == a["key"].shape
         assert (present.pop("key") == 0).all()
     check_gradients(
         lambda changed: float((score(**a | changed, kind=kind) * d_scores).sum()),

@@ -203,6 +203,7 @@ theorem_range = st.tuples(st.integers(1, 4096), st.integers(1, 256), st.floats(0
 @pytest.mark.parametrize(
     ("algorithm", "least", "most"), [("tiled", 2.4, 40), ("tiled_backward", 4, 42)]
 )
+@settings(deadline=None)
 @given(drawn=theorem_range)
 def test_tiled_passes_stay_within_constants_of_the_theorem(algorithm, least, most, drawn):
     # M/4d ≤ B_c ≤ 5M/4d where d ≤ M, so 4Nd/5M ≤ T_c ≤ 4Nd/M + 1, and where M ≤ Nd
@@ -213,6 +214,7 @@ def test_tiled_passes_stay_within_constants_of_the_theorem(algorithm, least, mos
 
 
 @pytest.mark.clause("FA1-THM2", "FA1-THM5")
+@settings(deadline=None)
 @given(drawn=theorem_range)
 def test_standard_passes_are_constants_of_the_theorem(drawn):
     n, d, part = drawn
@@ -248,6 +250,7 @@ def test_the_measured_traffic_of_figure_2_has_the_size_of_the_counts():
 
 
 @pytest.mark.clause("FA1-PROP3")
+@settings(deadline=None)
 @given(size=problems)
 def test_no_pass_moves_less_than_its_operands_and_its_output(size):
     least = least_traffic(**{name: size[name] for name in ("n_q", "n_k", "d")})
@@ -257,6 +260,7 @@ def test_no_pass_moves_less_than_its_operands_and_its_output(size):
 
 
 @pytest.mark.clause("FA1-PROP3")
+@settings(deadline=None)
 @given(n=st.integers(1, 4096), d=st.integers(1, 256))
 def test_on_a_chip_of_the_operands_size_the_bound_and_the_tiled_pass_meet(n, d):
     sram = n * d

@@ -5,8 +5,10 @@ Three outcomes only: pass, fail, not run. What is not run never counts as passed
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +26,13 @@ from refattn.vectors.pack import Case
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
 """The outcomes."""
 
-TIGHTEST_FIRST = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp16_accumulate")
-"""Profiles in the order in which the measured precision is looked for."""
+TIGHTEST_FIRST = {
+    "float64": ("fp64", "fp32", "tf32", "fp16", "bf16", "fp16_accumulate"),
+    "float32": ("fp32", "tf32", "fp16", "bf16", "fp16_accumulate"),
+    "float16": ("fp16", "fp16_accumulate", "bf16"),
+    "bfloat16": ("bf16",),
+}
+"""Profiles that a result in each dtype can show, in the order in which they are looked for."""
 
 HEADED = ("query", "key", "value", "d_output", "output", "d_query", "d_key", "d_value")
 """Tensors that the layout of a subject reorders."""
@@ -123,14 +130,14 @@ def run_case(subject: Subject, case: Case, dtype: str, profile: str) -> Result:
         return Result(*about, NOT_RUN, why)
     try:
         outputs = _call(subject, case, dtype)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         message = " ".join(str(error).split())[:300]
         return Result(*about, FAIL, f"{type(error).__name__}: {message}", met=frozenset())
     if not outputs:
         return Result(*about, FAIL, "it returned nothing", met=frozenset())
     judged = _judged(subject, case, outputs)
     verdict = judge(judged, outputs, profile)
-    met = frozenset(p for p in PROFILES if p in case.bounds and judge(judged, outputs, p).ok)
+    met = frozenset(p for p in PROFILES if p not in case.bounds or judge(judged, outputs, p).ok)
     first = next((v for v in verdict.outputs if not v.ok), None)
     reason = first.reason if first else ""
     return Result(*about, FAIL if first else PASS, reason, tuple(verdict.outputs), met)
@@ -153,7 +160,7 @@ def measured(results: Sequence[Result]) -> dict[str, str]:
         passed = [r.met for r in results if r.dtype == dtype and r.status == PASS]
         if passed:
             shared = frozenset.intersection(*passed)
-            found[dtype] = next((p for p in TIGHTEST_FIRST if p in shared), "none")
+            found[dtype] = next((p for p in TIGHTEST_FIRST[dtype] if p in shared), "none")
     return found
 
 
@@ -165,7 +172,8 @@ def _call(subject: Subject, case: Case, dtype: str) -> Arrays:
     if case.op == "attention":
         inputs, options = _understood(subject, inputs, dict(options))
     permuted = {name: _permute(name, array, offered.layout) for name, array in inputs.items()}
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
+    # what a subject warns of or prints is its own affair: stdout may be carrying the report
+    with warnings.catch_warnings(), np.errstate(all="ignore"), redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         before = {name: array.tobytes() for name, array in permuted.items()}
         returned = subject.run(permuted, options)

@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -168,8 +169,9 @@ def _resolve(text: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:
+        with redirect_stdout(sys.stderr):
+            found: Any = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
         kind = type(error).__name__
         raise RefattnError(f"module {module_name} does not import: {kind}: {error}") from error
     for name in path.split("."):

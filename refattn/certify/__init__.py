@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from refattn.certify.engine import Certificate, solve
-from refattn.certify.errors import Ambiguous, CertifyError, Disagreement
-from refattn.certify.exact import Array
+from refattn.certify.errors import Ambiguous, CertifyError, Disagreement, Midpoint
+from refattn.certify.exact import Array, widened
 from refattn.certify.flint_attention import prepare as prepare_attention
 from refattn.certify.flint_multihead import prepare as prepare_multihead
 from refattn.certify.flint_other import prepare_alibi, prepare_importance, prepare_score
@@ -67,18 +67,22 @@ def certify(
     inputs: Mapping[str, Array],
     parameters: Mapping[str, Any],
     conventions: Mapping[str, Any],
+    *,
+    midpoints: str = "refuse",
 ) -> Certificate:
     """Compute the outputs of an operation and prove every float of them.
 
     Spec: OWN-EXACT1, NUM-MODEL1.
 
-        stored = rnd64(exact),  and  rnd_f(stored) = rnd_f(exact)  for f = float32, float16, bfloat16
+        stored = rnd64(exact);  rnd_f(stored) = rnd_f(exact) for f = float32, float16, bfloat16
 
     Args:
         op: name of the operation.
         inputs: arrays by name; floats are taken as the exact numbers they are.
         parameters: numbers by name; floats are taken as binary64.
         conventions: choices by name; absent ones take their default.
+        midpoints: "refuse" an element whose float64 is a midpoint of a narrower format that the
+            element itself is not, or "record" its place under `midpoints` in the record.
 
     Returns:
         Outputs (float64, or int64 and bool), units, magnitudes, and the record of the proof.
@@ -87,7 +91,7 @@ def certify(
         Ambiguous: an element is undecided at 4096 bits, or no one float64 serves it.
         CertifyError: the operation, an option or a non-finite operand is not defined here.
     """
-    arrays = {name: np.asarray(x) for name, x in inputs.items()}
+    arrays = {name: widened(x) for name, x in inputs.items()}
     try:
         if op in COUNTED:
             outputs = COUNTED[op](arrays, parameters, conventions)
@@ -102,7 +106,7 @@ def certify(
                 "ambiguous": 0,
             }
         elif op in ENCLOSED:
-            outputs, record = solve(ENCLOSED[op](arrays, parameters, conventions))
+            outputs, record = solve(ENCLOSED[op](arrays, parameters, conventions), midpoints)
         else:
             raise CertifyError(f"operation is {op!r}, but there are {sorted(ENCLOSED | COUNTED)}")
     except KeyError as error:
@@ -116,6 +120,7 @@ __all__ = [
     "Certificate",
     "CertifyError",
     "Disagreement",
+    "Midpoint",
     "certify",
     "recertify",
 ]

@@ -8,7 +8,7 @@ import flint
 import numpy as np
 from flint import fmpq
 
-from refattn.certify.errors import Ambiguous, CertifyError, Undecided
+from refattn.certify.errors import Ambiguous, CertifyError, Midpoint, Undecided
 from refattn.certify.exact import Array, Cells
 from refattn.certify.rounding import settle_ball, settle_exact
 
@@ -32,10 +32,11 @@ class Certificate(NamedTuple):
 
 
 class _Progress(NamedTuple):
-    """What is decided of one output so far; None is undecided."""
+    """What is decided of one output so far; None is undecided. Midpoints by flat index."""
 
     shape: tuple[int, ...]
     values: list[float | None]
+    midpoints: dict[int, str]
 
 
 def _settle(value: Any) -> float | None:
@@ -44,18 +45,23 @@ def _settle(value: Any) -> float | None:
     return settle_exact(value) if isinstance(value, fmpq) else settle_ball(value)
 
 
-def _advance(name: str, cells: Cells, before: _Progress | None) -> _Progress:
+def _advance(name: str, cells: Cells, before: _Progress | None, refuse: bool) -> _Progress:
     """Decide what the present precision can decide of one output."""
     if len(cells.values) != int(np.prod(cells.shape, dtype=np.int64)):
         raise CertifyError(f"{name}: {len(cells.values)} values for shape {cells.shape}")
-    values = list(before.values) if before else [None] * len(cells.values)
+    values: list[float | None] = [None] * len(cells.values)
+    if before:
+        values = list(before.values)
+    midpoints = dict(before.midpoints) if before else {}
     for at, (known, value) in enumerate(zip(values, cells.values, strict=True)):
         if known is None:
             try:
                 values[at] = _settle(value)
-            except Ambiguous as error:
-                raise Ambiguous(f"{_place(name, cells.shape, at)}: {error}") from None
-    return _Progress(cells.shape, values)
+            except Midpoint as error:
+                if refuse:
+                    raise Ambiguous(f"{_place(name, cells.shape, at)}: {error}") from None
+                values[at], midpoints[at] = error.value, error.narrow
+    return _Progress(cells.shape, values, midpoints)
 
 
 def _place(name: str, shape: tuple[int, ...], at: int) -> str:
@@ -92,12 +98,15 @@ def _largest_radius(outputs: Mapping[str, Cells]) -> float:
     return float(2.0 ** max(-1072, RADIUS_STEP * -(-largest // RADIUS_STEP)))
 
 
-def solve(evaluate: Callable[[], Mapping[str, Any]]) -> tuple[dict[str, Array], dict[str, Any]]:
+def solve(
+    evaluate: Callable[[], Mapping[str, Any]], midpoints: str = "refuse"
+) -> tuple[dict[str, Array], dict[str, Any]]:
     """Decide every element of what `evaluate` encloses; return the outputs and the record.
 
     Raises:
-        Ambiguous: an element is undecided at 4096 bits.
+        Ambiguous: an element is undecided at 4096 bits, or a midpoint is refused.
     """
+    refuse = midpoints != "record"
     before, bits = flint.ctx.prec, START_BITS
     progress: dict[str, _Progress] = {}
     try:
@@ -109,7 +118,7 @@ def solve(evaluate: Callable[[], Mapping[str, Any]]) -> tuple[dict[str, Array], 
                 place: str | None = "a comparison"
             else:
                 progress = {
-                    name: _advance(name, x, progress.get(name)) for name, x in cells.items()
+                    name: _advance(name, x, progress.get(name), refuse) for name, x in cells.items()
                 }
                 place = _undecided(progress)
             if place is None:
@@ -134,4 +143,10 @@ def solve(evaluate: Callable[[], Mapping[str, Any]]) -> tuple[dict[str, Array], 
         "exact_elements": sum(isinstance(x, float | fmpq) for x in everything) + integers,
         "ambiguous": 0,
     }
+    if not refuse:
+        record["midpoints"] = [
+            [_place(name, state.shape, at), narrow]
+            for name, state in progress.items()
+            for at, narrow in sorted(state.midpoints.items())
+        ]
     return arrays | outputs, record

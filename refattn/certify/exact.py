@@ -56,6 +56,12 @@ class Mixed(NamedTuple):
     total: list[fmpq | None]
 
 
+def widened(x: Array) -> Array:
+    """Widen floats of any format to float64, exactly; leave integers and bools."""
+    x = np.asarray(x)
+    return x if x.dtype.kind in "biu" else x.astype(np.float64)
+
+
 def rational(x: float) -> fmpq:
     """Convert a finite float to the rational number that it is."""
     return fmpq(*float(x).as_integer_ratio())

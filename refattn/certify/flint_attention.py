@@ -27,7 +27,7 @@ from refattn.certify.exact import (
     with_zero_row,
 )
 from refattn.certify.head import Backward, Forward, Head, backward, forward
-from refattn.certify.logits import Logits, Scale, identity, scale_of
+from refattn.certify.logits import Logits, identity, scale_of
 from refattn.certify.poison import Reach, clean, reach
 from refattn.certify.setting import Setting, decode, distance
 from refattn.certify.softmax_rows import Row, row_of, uniform_row
@@ -126,13 +126,11 @@ def _flat(blocks: list[list[list[Value]]]) -> list[Value]:
 def _add_rows(a: list[list[Value]] | None, b: list[list[Value]]) -> list[list[Value]]:
     if a is None:
         return b
-    return [
-        [add(x, y) for x, y in zip(u, v, strict=True)] for u, v in zip(a, b, strict=True)
-    ]
+    return [[add(x, y) for x, y in zip(u, v, strict=True)] for u, v in zip(a, b, strict=True)]
 
 
 def _row_sum(dX: list[Value], total: fmpq | None, sink: bool) -> Value:
-    """Sum the gradients of a row over its keys, by the known total of the row where there is one."""
+    """Sum the gradients of a row over its keys, by its known total where there is one."""
     if total is None:
         return total_of(dX[:-1] if sink else dX)
     return add(total, multiply(dX[-1], fmpq(-1))) if sink else total
@@ -141,7 +139,7 @@ def _row_sum(dX: list[Value], total: fmpq | None, sink: bool) -> Value:
 def _d_bias(problem: Problem, solved: dict[tuple[int, int], Solved], totals: Any) -> Cells:
     """Sum the gradients of the biased logits over the axes along which bias is broadcast."""
     shape = problem.inputs["bias"].shape
-    b, h, n_q, n_k = problem.setting.allowed.shape
+    n_q, n_k = problem.setting.allowed.shape[2:]
     wide = (1,) * (4 - len(shape)) + shape
     cells: dict[tuple[int, ...], list[Value]] = {}
     for (item, head), result in solved.items():
@@ -163,21 +161,20 @@ def _biased(head: Head, result: Solved) -> list[list[Value]]:
     """Return the gradient of the sum to which bias and slopes belong."""
     assert result.backward is not None
     through = head.logits.softcap is not None and head.logits.bias_first
-    return result.backward.dX if through else result.backward.dS
+    return result.backward.d_scores if through else result.backward.d_logits
 
 
 def _d_slopes(problem: Problem, solved: dict[tuple[int, int], Solved]) -> Cells:
     """DM_h = Σ_b Σ_ij dS_ij·distance_ij."""
     s = problem.setting
-    b, h, n_q, n_k = s.allowed.shape
+    h, n_q, n_k = s.allowed.shape[1:]
     terms: list[list[Value]] = [[] for _ in range(h)]
     for (item, head), result in solved.items():
         dS = _biased(problem.heads[item, head], result)
         for i in range(n_q):
             p_i = i + s.offsets[item]
             terms[head] += [
-                multiply(dS[i][j], fmpq(distance(s.choice["distance"], p_i, j)))
-                for j in range(n_k)
+                multiply(dS[i][j], fmpq(distance(s.choice["distance"], p_i, j))) for j in range(n_k)
             ]
     return Cells((h,), [total_of(x) for x in terms])
 
@@ -197,7 +194,7 @@ def _gradients(problem: Problem, solved: dict[tuple[int, int], Solved]) -> dict[
         shared = (item, s.kv_head[head])
         d_key[shared] = _add_rows(d_key.get(shared), back.d_key[:n_k])
         d_value[shared] = _add_rows(d_value.get(shared), back.d_value[:n_k])
-        sink_terms[head] += [line[-1] for line in back.dS]
+        sink_terms[head] += [line[-1] for line in back.d_logits]
     kv = [(item, head) for item in range(b) for head in range(h_k)]
     cells = {
         "d_query": Cells(inputs["query"].shape, _flat(d_query)),
@@ -256,17 +253,17 @@ def _mark_nan(problem: Problem, cells: dict[str, Cells]) -> dict[str, Cells]:
     by_kv = [np.flatnonzero(kv == k) for k in range(h_k)]
     where: dict[str, Array] = {"output": nan.output, "logsumexp": nan.logsumexp}
     if "d_query" in cells:
-        d_key = np.stack([nan.d_key[:, x, :-1].any(axis=1) for x in by_kv], axis=1)
+        d_key = np.stack([nan.d_key[:, x].any(axis=1) for x in by_kv], axis=1)
         where["d_query"] = nan.d_query[..., None]
         where["d_key"] = d_key[..., None]
         where["d_value"] = np.stack([nan.d_value[:, x].any(axis=1) for x in by_kv], axis=1)
-        where["d_slopes"] = nan.dS[..., :-1].any(axis=(0, 2, 3))
-        where["d_sinks"] = nan.dS[..., -1].any(axis=(0, 2))
-        if "bias" in cells or "d_bias" in cells:
+        where["d_slopes"] = np.asarray(nan.d_logits[..., :-1].any(axis=(0, 2, 3)))
+        where["d_sinks"] = np.asarray(nan.d_logits[..., -1].any(axis=(0, 2)))
+        if "d_bias" in cells:
             shape = cells["d_bias"].shape
             wide = (1,) * (4 - len(shape)) + shape
             axes = tuple(a for a in range(4) if wide[a] == 1)
-            where["d_bias"] = nan.dS[..., :-1].any(axis=axes, keepdims=True).reshape(shape)
+            where["d_bias"] = nan.d_logits[..., :-1].any(axis=axes, keepdims=True).reshape(shape)
     marked = {}
     for name, cell in cells.items():
         flags = np.broadcast_to(where[name], cell.shape).reshape(-1).tolist()
@@ -295,9 +292,7 @@ def prepare(
         solved = {at: _solve(problem, *at, wanted) for at in heads}
         d_v = inputs["value"].shape[3]
         cells = {
-            "output": Cells(
-                (b, h, n_q, d_v), _flat([solved[at].forward.output for at in heads])
-            ),
+            "output": Cells((b, h, n_q, d_v), _flat([solved[at].forward.output for at in heads])),
             "logsumexp": Cells(
                 (b, h, n_q), [x for at in heads for x in solved[at].forward.logsumexp]
             ),
@@ -307,6 +302,3 @@ def prepare(
         return _mark_nan(problem, cells)
 
     return evaluate
-
-
-__all__ = ["Scale", "exact_head", "prepare"]

@@ -30,7 +30,7 @@ from refattn.certify.exact import (
 from refattn.certify.head import Backward, Forward, Head, backward, forward
 from refattn.certify.logits import Logits, identity, scale_of
 from refattn.certify.setting import allowed_band, choose, expect, offsets_of
-from refattn.certify.softmax_rows import row_of, uniform_row
+from refattn.certify.softmax_rows import Row, row_of, uniform_row
 
 INPUTS = frozenset(
     "query_input source_input w_query w_key w_value w_output head_gates d_output".split()
@@ -62,7 +62,7 @@ def _head(
     raw = product(Q, transposed(K))
     scale = scale_of(dict(parameters), inputs["w_query"].shape[-1])
     logits = Logits(raw.rows(), raw.e, None, 0, scale, None, False, None)
-    rows = []
+    rows: list[Row | None] = []
     for i in range(band.shape[0]):
         allowed = np.flatnonzero(band[i]).tolist()
         if not allowed and policy == "nan":
@@ -104,14 +104,16 @@ class Sums:
 
     def cells(self, name: str, shape: tuple[int, ...]) -> Cells:
         """Return the whole output."""
-        values = [
-            x for place in range(shape[0]) for row in self.parts[name, place] for x in row
-        ]
+        values = [x for place in range(shape[0]) for row in self.parts[name, place] for x in row]
         return Cells(shape, values)
 
 
 def _add_gradients(
-    sums: Sums, inputs: Mapping[str, Array], part: Projected, state: Forward, back: Backward,
+    sums: Sums,
+    inputs: Mapping[str, Array],
+    part: Projected,
+    state: Forward,
+    back: Backward,
     at: tuple[int, int],
 ) -> None:
     """Carry the gradients of one head through the projections."""

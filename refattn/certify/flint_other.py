@@ -194,7 +194,7 @@ def prepare_importance(
     expect(inputs, frozenset({"head_outputs", "d_head_outputs"}), "input")
     expect(parameters, frozenset(), "parameter")
     expect(conventions, frozenset({"granularity"}), "convention")
-    granularity = choose(conventions, {"granularity": ("token", "example", "batch")})
+    granularity = choose(conventions, {"granularity": ("example", "token", "batch")})
     importance = exact_importance(inputs, granularity["granularity"])
     shape = (len(importance), len(importance[0]))
     squares = [sum((x * x for x in line), ZERO) for line in importance]

@@ -29,8 +29,10 @@ KEYS: dict[str, frozenset[str]] = {
     "linear": frozenset({"factor"}),
     "dynamic": frozenset({"factor", "original_length", "length"}),
     "yarn": frozenset(
-        "factor original_length beta_fast beta_slow truncate attention_factor mscale mscale_all_dim"
-        .split()
+        [
+            *"factor original_length beta_fast beta_slow truncate".split(),
+            *"attention_factor mscale mscale_all_dim".split(),
+        ]
     ),
     "longrope": frozenset(
         "factor original_length length short_factor long_factor attention_factor".split()
@@ -177,8 +179,7 @@ def _dynamic(v: Mapping[str, Any], base: fmpq, d: int) -> Tables:
 def _proportional(v: Mapping[str, Any], base: fmpq, d: int) -> Tables:
     """Proportional: exponents over the whole head, zero frequencies behind the rotated part."""
     head_dim = int(v.get("head_dim", d))
-    share = number(v.get("partial_rotary_factor", 1)) * head_dim / 2
-    turning = int(share.p // share.q)
+    turning = int(v.get("partial_rotary_factor", 1) * head_dim // 2)  # in binary64: OWN-ROPE4
     factor = number(v.get("factor", 1))
     thetas = [multiply(x, 1 / factor) for x in powers(base, turning, head_dim)[:turning]]
     return Tables(thetas + [ZERO] * (d // 2 - turning), fmpq(1))
@@ -296,4 +297,3 @@ def prepare_decay(
         return {"decay": Cells((len(distances),), [decay(s, theta) for s in distances])}
 
     return evaluate
-

@@ -36,7 +36,7 @@ MINUS_INFINITY = float("-inf")
 
 
 def _sum_above_max(row: Row, S: list[fmpq]) -> Value:
-    """l = Σ_j exp(S_j - m): an integer where all logits are equal."""
+    """L = Σ_j exp(S_j - m): an integer where all logits are equal."""
     m = max(S[group[0]] for group in row.groups)
     total: Value = ZERO
     for group in row.groups:
@@ -69,7 +69,7 @@ def prepare_tiles(
         weights = [weigh(row, lambda k, i=i: arb(S[i][k])) for i, row in enumerate(rows)]  # type: ignore[misc]
         P = mixed_matrix([[w.by_key.get(k, ZERO) for k in range(n_k)] for w in weights])
         values = V.rows()
-        O = times(P, V)  # noqa: E741
+        O = times(P, V)
         for i, row in enumerate(rows):
             for c in range(d_v):
                 mean = exact_mean(row, lambda k, c=c: values[k][c])  # type: ignore[misc]
@@ -99,7 +99,7 @@ def prepare_merge(
     live = ~np.isneginf(L_p)
     if not (np.isfinite(L_p[live]).all() and np.isfinite(O_p[live]).all()):
         raise CertifyError("a part that is not empty is not finite; certification defines no merge")
-    parts, n, d = O_p.shape
+    n, d = O_p.shape[1:]
     filled = np.where(live[..., None], O_p, 0.0)
     numbers, e = integers(filled.reshape(-1).tolist())
     L = [[rational(x) if np.isfinite(x) else None for x in line] for line in L_p.tolist()]
@@ -121,7 +121,7 @@ def prepare_merge(
             for c in range(d):
 
                 def x(p: int, i: int = i, c: int = c) -> int:
-                    return numbers[(p * n + i) * d + c]
+                    return int(numbers[(p * n + i) * d + c])
 
                 mean = exact_mean(row, x)
                 if mean is not None:

@@ -14,9 +14,9 @@ EVENTS = 4.0
 
 def new_track() -> dict[str, float]:
     """Return the sizes that `observe` fills, all zero; `shortest` is the shortest contraction."""
-    names = "exponent exponent_operand terms rows small small_key heads factor scale features bias_terms"
+    names = "exponent exponent_operand terms rows small small_key heads factor scale features"
     peaks = "query key value d_output d_logsumexp distance"
-    return dict.fromkeys([*names.split(), *(f"{p}_max" for p in peaks.split())], 0.0)
+    return dict.fromkeys([*names.split(), "bias_terms", *(f"{p}_max" for p in peaks.split())], 0.0)
 
 
 def observe(track: dict[str, float], f: Forward, head: Head, dO: Known, d_lse: Array) -> None:

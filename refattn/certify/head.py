@@ -53,8 +53,8 @@ class Forward(NamedTuple):
 class Backward(NamedTuple):
     """Gradients of one head: dS by row and key, the same through the cap, and the matrices."""
 
-    dS: list[list[Value]]
-    dX: list[list[Value]]
+    d_logits: list[list[Value]]
+    d_scores: list[list[Value]]
     d_query: list[list[Value]]
     d_key: list[list[Value]]
     d_value: list[list[Value]]
@@ -86,15 +86,13 @@ def forward(head: Head) -> Forward:
         else:
             P_i = weigh(row, lambda j, i=i: logit(head.logits, i, j, scale))  # type: ignore[misc]
             weights.append(P_i)
-            logsumexp.append(
-                MINUS_INFINITY if row.frozen else _logsumexp(head, i, P_i, scale)
-            )
+            logsumexp.append(MINUS_INFINITY if row.frozen else _logsumexp(head, i, P_i, scale))
             for j, P_ij in P_i.by_key.items():
                 if _kept(head, i, j):
                     line[j] = multiply(P_ij, head.keep_factor) if head.keep else P_ij
         kept.append(line)
     P = mixed(kept)
-    O = times(P, head.value)  # noqa: E741
+    O = times(P, head.value)
     unit = power(head.value.e) * head.keep_factor
     for i, row in enumerate(head.rows):
         if row is None or row.weight() is not None:
@@ -141,7 +139,8 @@ def _through_cap(head: Head, dS: list[list[Value]]) -> list[list[Value]]:
     scale = head.logits.scale.ball()
     return [
         [
-            x if (isinstance(x, fmpq) and x == 0) or j == len(head.logits.raw[i])
+            x
+            if (isinstance(x, fmpq) and x == 0) or j == len(head.logits.raw[i])
             else multiply(x, cap_slope(head.logits, i, j, scale))
             for j, x in enumerate(line)
         ]

@@ -56,7 +56,7 @@ def head_importance_units(
         "token": ("lxhnd,lxhnd->lxhn", (1, 3), d, x * n),
         "example": ("lxhnd,lxhnd->lxh", (1,), n * d, x),
         "batch": ("lxhnd,lxhnd->lh", (), x * n * d, x),
-    }[conventions.get("granularity", "token")]
+    }[conventions.get("granularity", "example")]
     sums = contract(spec, A, dA, inner)
     sums = sums._replace(value=np.abs(sums.value))
     importance = stored(scaled(total(sums, axes, outer) if axes else sums, 1.0 / outer))
@@ -123,7 +123,7 @@ def merge_units(
     sizes = _floors({"output": size * _peak(exact(parts)), "logsumexp": size})
     sizes["exponent"] = float(np.max(rows.exponent.accumulated, initial=0.0))
     lse = rows.logsumexp
-    return {"output": output, "logsumexp": stored(lse)}, {**sizes, "terms": p + EXTRA}
+    return {"output": output, "logsumexp": lse}, {**sizes, "terms": p + EXTRA}
 
 
 def score_units(

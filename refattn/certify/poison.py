@@ -21,7 +21,7 @@ class Reach(NamedTuple):
 
     output: Array
     logsumexp: Array
-    dS: Array
+    d_logits: Array
     """bool (b, h, n_q, n_k + 1): gradients of logits; the last column is the sink."""
     d_query: Array
     d_key: Array
@@ -38,14 +38,14 @@ def clean(inputs: Mapping[str, Array]) -> dict[str, Array]:
     }
 
 
-def _rows(x: Array, test: Array) -> Array:
-    return np.asarray(test).any(axis=-1) if x.size else np.zeros(x.shape[:-1], dtype=bool)
+def _any(test: Array) -> Array:
+    return np.asarray(np.asarray(test).any(axis=-1))
 
 
 def _refuse_infinite(inputs: Mapping[str, Array], s: Setting, logit_read: Array) -> None:
     """Refuse infinite operands where they are read."""
-    K_inf = _rows(inputs["key"], np.isinf(inputs["key"]))[:, s.kv_head]
-    V_inf = _rows(inputs["value"], np.isinf(inputs["value"]))[:, s.kv_head]
+    K_inf = _any(np.isinf(inputs["key"]))[:, s.kv_head]
+    V_inf = _any(np.isinf(inputs["value"]))[:, s.kv_head]
     read = (logit_read & K_inf[:, :, None, :]).any()
     read |= (s.allowed & V_inf[:, :, None, :]).any()
     read |= bool(np.isinf(inputs["query"]).any())
@@ -61,14 +61,14 @@ def _refuse_infinite(inputs: Mapping[str, Array], s: Setting, logit_read: Array)
 
 def _bad_rows(inputs: Mapping[str, Array], s: Setting, logit_read: Array) -> Array:
     """Mark the rows that read a NaN logit."""
-    K_nan = _rows(inputs["key"], np.isnan(inputs["key"]))[:, s.kv_head]
-    Q_nan = _rows(inputs["query"], np.isnan(inputs["query"]))
+    K_nan = _any(np.isnan(inputs["key"]))[:, s.kv_head]
+    Q_nan = _any(np.isnan(inputs["query"]))
     logit_nan = Q_nan[..., None] | K_nan[:, :, None, :]
     if "bias" in inputs:
         logit_nan = logit_nan | np.broadcast_to(np.isnan(inputs["bias"]), s.allowed.shape)
     if "slopes" in inputs:
         logit_nan = logit_nan | np.isnan(inputs["slopes"])[None, :, None, None]
-    bad = (logit_read & logit_nan).any(axis=-1)
+    bad = np.asarray((logit_read & logit_nan).any(axis=-1))
     if "sinks" in inputs:
         bad = bad | np.isnan(inputs["sinks"])[None, :, None]
     return np.asarray(bad)
@@ -89,8 +89,8 @@ def reach(inputs: Mapping[str, Array], s: Setting) -> Reach:
     touched = logit_read | by_policy[..., None]
     dO_nan = np.isnan(inputs.get("d_output", np.zeros((*s.empty.shape, 1))))
     dL_nan = np.isnan(inputs.get("d_logsumexp", np.zeros(s.empty.shape)))
-    value_felt = (logit_read & V_bad.any(axis=-1)[:, :, None, :]).any(axis=-1)
-    dS_row = bad | by_policy | (~s.empty & (value_felt | dO_nan.any(axis=-1) | dL_nan))
+    value_felt = (logit_read & _any(V_bad)[:, :, None, :]).any(axis=-1)
+    dS_row: Array = bad | by_policy | (~s.empty & (value_felt | dO_nan.any(axis=-1) | dL_nan))
     uniform = s.empty[..., None] & (policy == "uniform")
     dS = dS_row[..., None] & touched
     dV_source = (bad | by_policy)[..., None] | dO_nan

@@ -14,7 +14,7 @@ TABLE = 8.0
 """Rounding units granted to an entry of a table, absolute, times the attention factor."""
 
 SLOPE = 16.0
-"""Rounding units granted to a slope, relative: a power with an exponent up to 8."""
+"""Rounding units granted to a slope, relative, beside one a head for a repeated product."""
 
 RAMPS = frozenset({"dynamic", "yarn", "llama3"})
 """Variants whose frequencies take more than a division."""
@@ -67,24 +67,27 @@ def rope_units(
     variant = parameters.get("variant") or {}
     theta, a = frequency_bound(d, base, variant), attention_factor_bound(variant)
     counts = angle_counts(d, base, variant)
-    angle = np.abs(np.asarray(inputs["positions"], np.float64))[:, None] * theta * counts
+    angle = np.abs(np.asarray(inputs["positions"], np.float64))[..., None] * theta * counts
+    by_head = angle if angle.ndim == 2 else angle[..., None, :, :]  # positions a batch item
     table = Known(angle, a * angle, np.full_like(angle, a))
     found = {
         "frequencies": Known(theta, theta * counts, theta),
         "attention_factor": Known(np.asarray(a), np.zeros(()), np.asarray(a)),
         "cosine": table,
         "sine": table,
-        "output": _rotated(x, d, a, angle, conventions),
+        "output": _rotated(x, d, a, by_head, conventions),
     }
     if "d_output" in inputs:
         dx = exact_finite(inputs["d_output"]).value
-        found["d_x"] = _rotated(dx, d, a, angle, conventions)
+        found["d_x"] = _rotated(dx, d, a, by_head, conventions)
     roundings = {"frequencies": 4.0, "attention_factor": SLOPE, "cosine": TABLE, "sine": TABLE}
     sizes: Sizes = {}
     for name in found:
         sizes[f"{name}.floor"] = 4.0 * (1.0 + a)
         sizes[f"{name}.floor_operand"] = 1.0
         sizes[f"{name}.angle"] = 1.0
+        if name in roundings:
+            sizes[f"{name}.statistic"] = 1.0
         sizes[f"{name}.roundings"] = roundings.get(name, TABLE + 4.0)
     return found, sizes
 
@@ -117,7 +120,7 @@ def alibi_units(
         "slopes": Known(m, np.zeros_like(m), m),
         "bias": Known(bias, np.zeros_like(bias), bias),
     }
-    sizes = {"slopes.roundings": SLOPE, "bias.roundings": SLOPE + 4.0}
+    sizes = {"slopes.roundings": SLOPE + heads, "bias.roundings": SLOPE + heads + 4.0}
     for name in found:
         sizes[f"{name}.floor"], sizes[f"{name}.floor_operand"] = 2.0, 2.0
     return found, sizes

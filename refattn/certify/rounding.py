@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from flint import arb, fmpq
 
-from refattn.certify.errors import Ambiguous
+from refattn.certify.errors import Midpoint
 
 
 class Format(NamedTuple):
@@ -134,8 +134,7 @@ def settle_ball(ball: arb) -> float | None:
     Where both ends round to zero the value is +0, whatever its sign.
 
     Raises:
-        Ambiguous: the float64 is a midpoint of a narrower format that the value itself is not,
-            and rounding it once more goes the wrong way; no precision can mend that.
+        Midpoint: rounding that float64 to a narrower format differs from rounding once.
     """
     if not ball.is_finite():
         return None
@@ -151,7 +150,7 @@ def settle_ball(ball: arb) -> float | None:
             return None
         twice = round_dyadic(value.n, value.e, fmt)
         if not same(twice, round_dyadic(low, e, fmt)):
-            raise Ambiguous(f"rounding to float64 and then to {fmt.name} differs from rounding once")
+            raise Midpoint(to_float(value), fmt.name)
     return to_float(value)
 
 
@@ -159,12 +158,12 @@ def settle_exact(value: fmpq) -> float:
     """Round an exact rational to float64, ties to even, zero as +0.
 
     Raises:
-        Ambiguous: rounding that float64 to a narrower format differs from rounding once.
+        Midpoint: rounding that float64 to a narrower format differs from rounding once.
     """
     numerator, denominator = int(value.p), int(value.q)
     rounded = round_rational(numerator, denominator, FLOAT64)
     for fmt in ties(rounded):
         once = round_rational(numerator, denominator, fmt)
         if not same(once, round_dyadic(rounded.n, rounded.e, fmt)):
-            raise Ambiguous(f"rounding to float64 and then to {fmt.name} differs from rounding once")
+            raise Midpoint(to_float(rounded), fmt.name)
     return to_float(rounded)

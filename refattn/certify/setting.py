@@ -13,8 +13,10 @@ from refattn.certify.errors import CertifyError
 from refattn.certify.exact import Array
 
 INPUTS = frozenset(
-    "query key value mask bias slopes sinks key_lengths query_lengths keep d_output d_logsumexp"
-    .split()
+    [
+        *"query key value mask bias slopes sinks".split(),
+        *"key_lengths query_lengths keep d_output d_logsumexp".split(),
+    ]
 )
 """Names of the input tensors of attention."""
 
@@ -51,7 +53,9 @@ def expect(given: Mapping[str, Any], known: frozenset[str], what: str) -> None:
         raise CertifyError(f"{what} {unknown[0]} is not one of {', '.join(sorted(known))}")
 
 
-def choose(conventions: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+def choose(
+    conventions: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]
+) -> dict[str, Any]:
     """Fill in the defaults of the conventions and refuse values that are not defined."""
     result = {}
     for name, values in choices.items():
@@ -92,9 +96,7 @@ def lengths(inputs: Mapping[str, Array], name: str, items: int, full: int) -> li
     return [int(x) for x in np.asarray(inputs[name]).reshape(-1)]
 
 
-def allowed_band(
-    n_q: int, n_k: int, offset: int, causal: bool, window: tuple[Any, Any]
-) -> Array:
+def allowed_band(n_q: int, n_k: int, offset: int, causal: bool, window: tuple[Any, Any]) -> Array:
     """Mark the pairs that causality and the window allow."""
     left, right = window
     band = np.ones((n_q, n_k), dtype=bool)
@@ -136,7 +138,7 @@ def decode(
         allowed &= np.broadcast_to(np.asarray(inputs["mask"], dtype=bool), allowed.shape)
     if "bias" in inputs:
         allowed &= np.broadcast_to(~np.isneginf(inputs["bias"]), allowed.shape)
-    empty = ~allowed.any(axis=-1)
+    empty = np.array(~allowed.any(axis=-1))
     if "sinks" in inputs:
         empty[:] = False
     kv_head = kv_heads(h, h_k, choice["head_map"])

@@ -16,6 +16,9 @@ from refattn.certify.majorant import (
 MERGES = 2.0
 """Exponentials granted a cell beside those of its own chain: its own, and one merge of parts."""
 
+TIE = 2.0**-40
+"""Relative distance below which two logits count as equal, on every machine alike."""
+
 CHUNK = 1 << 21
 """Elements of the largest temporary, (rows, n_k, d_v)."""
 
@@ -50,7 +53,8 @@ def _hops(S: Array) -> Array:
     hops = np.zeros((n_q, n_k))
     row = np.arange(n_q)
     for j in range(n_k - 2, -1, -1):
-        greater = S[:, j + 1 :] > S[:, j : j + 1]
+        here = S[:, j : j + 1]
+        greater = S[:, j + 1 :] > here + TIE * (1 + np.abs(here))
         first = np.argmax(greater, axis=1)
         hops[:, j] = np.where(greater.any(axis=1), 1 + hops[row, j + 1 + first], 0.0)
     return hops

@@ -20,12 +20,9 @@ def check(
     backend: Annotated[Words, typer.Option(help="Only this backend.")] = None,
     clause: Annotated[Words, typer.Option(help="Only vectors of this clause.")] = None,
     dtype: Annotated[Words, typer.Option(help="Only this dtype.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = one a core.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
     """Run every backend that loads here on every core vector, in every dtype."""
-    import os
-
     from refattn.check import check as run
     from refattn.cli.out import print_json, progress
 
@@ -33,7 +30,6 @@ def check(
         backends=backend or (),
         clauses=clause or (),
         dtypes=dtype or (),
-        workers=workers or os.cpu_count() or 1,
         watch=progress,
     )
     if as_json:

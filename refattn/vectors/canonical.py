@@ -62,3 +62,15 @@ def read_json(data: bytes, name: str) -> Any:
         raise PackError(f"{name} {error}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise PackError(f"{name} is not JSON: {error}") from None
+
+
+def read_canonical(data: bytes, name: str) -> Any:
+    """Parse JSON strictly, and refuse any other form than `canonical_json` writes.
+
+    Raises:
+        PackError: one sentence that starts with `name`.
+    """
+    value = read_json(data, name)
+    if canonical_json(value) != data:
+        raise PackError(f"{name} is not in canonical form: a byte was added, lost or changed")
+    return value

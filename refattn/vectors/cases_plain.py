@@ -49,7 +49,7 @@ def families() -> list[CaseRecipe]:
         if kind == "one_key":
             continue
         # With 1/√16 the largest of steep logits would be a rounding tie but for e^-1000.
-        d = {"deep": 64, "high": 64, "outliers": 64, "steep": 32}.get(kind, 16)
+        d = {"outliers": 64, "steep": 32}.get(kind, 16)
         slug = kind.replace("_", "-")
         found += [
             attention(
@@ -143,7 +143,16 @@ def square_edges() -> list[CaseRecipe]:
 
 def backward_edges() -> list[CaseRecipe]:
     """Return gradients with lengths around tile edges on either side."""
-    pairs = ((15, 17), (33, 31), (63, 65), (64, 64), (5, 129), (129, 5), (3, 257), (257, 3))
+    pairs = (
+        (15, 17, "normal"),
+        (33, 31, "negative"),
+        (63, 65, "rising"),
+        (64, 64, "normal"),
+        (5, 129, "rising"),
+        (129, 5, "normal"),
+        (3, 257, "negative"),
+        (257, 3, "normal"),
+    )
     return [
         attention(
             f"attention-edge-backward-{n_q}x{n_k}",
@@ -155,7 +164,7 @@ def backward_edges() -> list[CaseRecipe]:
             parameters={"causal": True} if n_q == n_k else {},
             flags=["TileEdge"],
         )
-        for (n_q, n_k), kind in zip(pairs, cycle(("normal", "rising", "negative")), strict=False)
+        for n_q, n_k, kind in pairs
     ]
 
 

@@ -219,6 +219,7 @@ def family(name: str, d_k: int) -> Family:
         DrawError: unknown family.
     """
     rise = 20 * math.isqrt(d_k)
+    level = 155 if d_k <= 16 else 104  # logits near ±84000 for d_k = 16 and 64
     changes: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {
         "normal": {},
         "one_key": {},
@@ -233,9 +234,9 @@ def family(name: str, d_k: int) -> Family:
             "query": ("positive", {}),
             "key": ("positive", {"shift": 3, "negate": True}),
         },
-        "deep": {"query": ("deep", {"level": 104}), "key": ("deep", {"level": -104})},
-        "high": {n: ("deep", {"level": 104}) for n in ("query", "key")},
-        "steep": {n: ("normal", {"shift": 5}) for n in ("query", "key")},
+        "deep": {"query": ("deep", {"level": level}), "key": ("deep", {"level": -level})},
+        "high": {n: ("deep", {"level": level}) for n in ("query", "key")},
+        "steep": {n: ("normal", {"shift": 4}) for n in ("query", "key")},
         "cancelling": {
             "query": ("normal", {"shift": -1}),
             "key": ("normal", {"shift": -3}),

@@ -123,7 +123,9 @@ def make_case(recipe: CaseRecipe, with_: Engine) -> Case:
 def _made(recipe: CaseRecipe, folder: Path, with_: Engine | None) -> Entry:
     """Make and write one case; runs in a worker."""
     case = make_case(recipe, with_ or engine())
-    return write_case(case, folder, scratch=folder.parent.parent / SCRATCH)
+    entry = write_case(case, folder, scratch=folder.parent.parent / SCRATCH)
+    read_case(folder, entry, folder.parent.parent)  # what is written must read, strictly
+    return entry
 
 
 def _trusted(target: Path) -> dict[str, Entry]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.vectors.canonical import PackError, canonical_json, read_json, sha256
+from refattn.vectors.canonical import PackError, canonical_json, read_canonical, read_json, sha256
 
 SCHEMA_VERSION = 1
 """Version of the form of case.json and pack.json."""
@@ -136,7 +136,7 @@ def _inside(root: Path, relative: str) -> Path:
         path = (root / relative).resolve(strict=True)
     except (OSError, ValueError, RuntimeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise PackError(f"{relative} cannot be read: {why}") from None
+        raise PackError(f"{root / relative} cannot be read: {why}") from None
     if not path.is_relative_to(root.resolve()):
         raise PackError(f"{relative} leads outside the pack {root}")
     return path
@@ -155,7 +155,7 @@ def _check_listing(folder: Path, expected: set[str], name: str) -> None:
 
 def tensor_record(x: NDArray[Any]) -> dict[str, Any]:
     """Return dtype, shape and SHA-256 of a tensor's little-endian bytes in C order."""
-    data = np.ascontiguousarray(x).astype(x.dtype.newbyteorder("<"), copy=False)
+    data = np.asarray(x, dtype=x.dtype.newbyteorder("<"), order="C")
     return {"dtype": str(x.dtype), "shape": list(x.shape), "sha256": sha256(data.tobytes())}
 
 
@@ -227,7 +227,7 @@ def read_case(folder: Path | str, entry: Entry | None = None, root: Path | None 
                 raise PackError(
                     f"{folder / name} has sha256 {sha256(data)}, but pack.json says {expected}"
                 )
-    document = read_json(case_data, str(folder / CASE_FILES[0]))
+    document = read_canonical(case_data, str(folder / CASE_FILES[0]))
     check_schema(document, "case", str(folder / CASE_FILES[0]))
     expected_id = folder.resolve().name if entry is None else entry.id
     if document["id"] != expected_id:
@@ -248,7 +248,7 @@ def read_index(path: Path | str) -> dict[str, Any]:
         PackError: it is missing, does not fit the schema, or its root hash is wrong.
     """
     name = Path(path) / "pack.json"
-    index = read_json(_read_bytes(_inside(Path(path), "pack.json")), str(name))
+    index = read_canonical(_read_bytes(_inside(Path(path), "pack.json")), str(name))
     check_schema(index, "pack", str(name))
     if root_hash(index) != index["root_sha256"]:
         raise PackError(f"{name} has root hash {root_hash(index)}, but says {index['root_sha256']}")

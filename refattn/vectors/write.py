@@ -101,7 +101,7 @@ def case_bytes(case: Case) -> tuple[bytes, bytes]:
     document = case_document(case)
     encoded = canonical_json(document)
     check_schema(document, "case", case.id)
-    tensors = {n: np.ascontiguousarray(x) for g in GROUPS for n, x in getattr(case, g).items()}
+    tensors = {n: np.asarray(x, order="C") for g in GROUPS for n, x in getattr(case, g).items()}
     return encoded, save(dict(sorted(tensors.items())))
 
 

@@ -79,9 +79,10 @@ def test_the_layer_agrees(causal: bool) -> None:
     layer, weights = _layer()
     x, y = _normal(6, B, N_Q, E_Q), _normal(7, B, N_K, E_S)
     theirs = np.asarray(layer(x, y, use_causal_mask=causal))
-    np.testing.assert_allclose(
-        multihead_attention(x, y, **weights, causal=causal), theirs, rtol=0, atol=4e-6
-    )
+    ours = multihead_attention(x, y, **weights, causal=causal)
+    inputs = {"query_input": x, "source_input": y, **weights}
+    allowed = allowed_between("multihead", inputs, {"causal": causal}, {}, "float32")["output"]
+    assert (np.abs(ours - theirs) <= allowed).all()
 
 
 @pytest.mark.clause("OWN-EMPTY1", "OWN-MASK1")
@@ -97,7 +98,9 @@ def test_the_layer_has_two_answers_to_an_empty_row(with_weights: bool, empty_row
     heads = attention(query, key, value, **options).output
     ours = np.einsum("bhnd,hde->bne", heads, weights["w_output"])
     theirs = answer[0] if with_weights else answer
-    np.testing.assert_allclose(ours, np.asarray(theirs), rtol=0, atol=4e-6)
+    # sums of at most 17 products of numbers below 4, four deep
+    np.testing.assert_allclose(ours, np.asarray(theirs), rtol=0, atol=1e-5)
+    assert (np.abs(ours[:, 2]).max() == 0) == (empty_row == "zero")
     if with_weights:
         P = attention_weights(query, key, value, **options)
-        np.testing.assert_allclose(P, np.asarray(answer[1]), rtol=0, atol=4e-6)
+        np.testing.assert_allclose(P, np.asarray(answer[1]), rtol=0, atol=1e-5)

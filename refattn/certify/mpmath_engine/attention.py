@@ -35,7 +35,7 @@ class Scores(NamedTuple):
     P: list[dict[int, Any]]
     kept: list[dict[int, Any]]
     sink: list[Any]
-    O: list[list[Any]]  # noqa: E741
+    O: list[list[Any]]
     L: list[Any]
     slope: list[dict[int, Any]]
 
@@ -177,8 +177,8 @@ def solve_head(o: Options, b: int, h: int, raw: Matrix, V: Matrix) -> Scores:
 class Gradients(NamedTuple):
     """One head: dS and dX by row and key, and the gradient of the sink by row."""
 
-    dS: list[dict[int, Any]]
-    dX: list[dict[int, Any]]
+    d_logits: list[dict[int, Any]]
+    d_scores: list[dict[int, Any]]
     sink: list[Any]
 
 
@@ -189,18 +189,17 @@ def gradients(o: Options, f: Scores, dO: Matrix, V: Matrix, dL: Any, b: int, h: 
     for i in range(o.n_q):
         if f.state[i] != "live":
             zero = mp.nan if f.state[i] == "nan" else mpf(0)
-            g.dS.append(dict.fromkeys(f.read[i], zero))
-            g.dX.append(dict.fromkeys(f.read[i], zero))
+            g.d_logits.append(dict.fromkeys(f.read[i], zero))
+            g.d_scores.append(dict.fromkeys(f.read[i], zero))
             g.sink.append(zero)
             continue
         D = total([real(x, dO.e) * y for x, y in zip(dO.n[i], f.O[i], strict=True)])
         rest = (number(dL[i]) if dL is not None else mpf(0)) - D
         dS = {
-            j: f.P[i][j] * (real(dP.n[i, j], dP.e) * keep(o, b, h, i, j) + rest)
-            for j in f.read[i]
+            j: f.P[i][j] * (real(dP.n[i, j], dP.e) * keep(o, b, h, i, j) + rest) for j in f.read[i]
         }
-        g.dS.append(dS)
-        g.dX.append({j: x * f.slope[i][j] for j, x in dS.items()})
+        g.d_logits.append(dS)
+        g.d_scores.append({j: x * f.slope[i][j] for j, x in dS.items()})
         g.sink.append(f.sink[i] * rest)
     return g
 
@@ -229,7 +228,7 @@ def evaluator(t: Mapping[str, Array], p: Mapping[str, Any], c: Mapping[str, Any]
 
     def biased(b: int, h: int) -> list[dict[int, Any]]:
         after = o.p.get("softcap") is not None and o.c.get("softcap_order") == "after_bias"
-        return back(b, h).dX if after else back(b, h).dS
+        return back(b, h).d_scores if after else back(b, h).d_logits
 
     def d_bias(index: tuple[int, ...]) -> Any:
         wide = (1,) * (4 - t["bias"].ndim) + t["bias"].shape
@@ -256,14 +255,14 @@ def evaluator(t: Mapping[str, Array], p: Mapping[str, Any], c: Mapping[str, Any]
         if name == "d_query":
             b, h, i, c_ = index
             K = matrix("key", b, kv(o, h))
-            terms = [x * K.n[j, c_] for j, x in back(b, h).dX[i].items()]
+            terms = [x * K.n[j, c_] for j, x in back(b, h).d_scores[i].items()]
             return scale(o) * total(terms) * mp.ldexp(1, K.e)
         if name in ("d_key", "d_value"):
             b, group, j, c_ = index
             heads = [h for h in range(o.h) if kv(o, h) == group]
             if name == "d_value":
                 return total([column(forward(b, h).kept, j, d_out(b, h), c_) for h in heads])
-            parts = [column(back(b, h).dX, j, matrix("query", b, h), c_) for h in heads]
+            parts = [column(back(b, h).d_scores, j, matrix("query", b, h), c_) for h in heads]
             return scale(o) * total(parts)
         if name == "d_bias":
             return d_bias(index)

@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpmath import mp, mpf
 
-from refattn.certify.mpmath_engine.attention import Gradients, Options, Scores, gradients, solve_head
+from refattn.certify.mpmath_engine.attention import (
+    Gradients,
+    Options,
+    Scores,
+    gradients,
+    solve_head,
+)
 from refattn.certify.mpmath_engine.numbers import Array, Matrix, load, matmul, number, total
 
 
@@ -69,7 +75,7 @@ def evaluator(t: Mapping[str, Array], p: Mapping[str, Any], c: Mapping[str, Any]
     def d_parts(b: int, h: int) -> tuple[Array, Array, Array]:
         x = part(b, h)
         g: Gradients = gradients(o, x.f, d_head(b, h), x.V, None, b, h)
-        dX, kept = dense(g.dX, n_k), dense(x.f.kept, n_k)
+        dX, kept = dense(g.d_scores, n_k), dense(x.f.kept, n_k)
         dQ = np.dot(dX, x.K.n) * (s * mp.ldexp(1, x.K.e))
         dK = np.dot(dX.T, x.Q.n) * (s * mp.ldexp(1, x.Q.e))
         dO = d_head(b, h)
