@@ -25,6 +25,10 @@ LARGEST_GROWTH = 40.0
 """Cap on the exponent of the second-order factor: a bound is finite, if empty, beyond it."""
 
 
+SECOND_ORDER = 2.0**-13
+"""The u up to which the units themselves cover the product of two errors (NUM-MODEL1)."""
+
+
 class Profile(NamedTuple):
     """The precision that an implementation declares."""
 
@@ -105,11 +109,14 @@ def coefficients(
             raise OptionError(f"magnitude {name} is {value}, but it must be finite [{op}]")
     p = PROFILES[profile]
     names = [key.removesuffix(".floor") for key in magnitudes if key.endswith(".floor")]
-    return {name: _coefficients(p, name, magnitudes) for name in names}
+    return {
+        name: _coefficients(p, name, magnitudes, op == "multihead" or name.startswith("d_"))
+        for name in names
+    }
 
 
 def _coefficients(
-    p: Profile, name: str, magnitudes: Mapping[str, float]
+    p: Profile, name: str, magnitudes: Mapping[str, float], crossed: bool
 ) -> tuple[float, float, float]:
     product = p.product if "shortest" in magnitudes else 0.0
     a = p.operand + 2 * product
@@ -117,6 +124,8 @@ def _coefficients(
     error = b * magnitudes.get("exponent", 0.0) + a * magnitudes.get("exponent_operand", 0.0)
     longest = max(magnitudes.get("terms", 0.0), magnitudes.get("rows", 0.0))
     growth = INFLATION * math.exp(min(2 * (error + longest * p.accumulated), LARGEST_GROWTH))
+    if crossed:  # errors meet errors
+        growth *= max(1.0, b / SECOND_ORDER)
     floor = growth * (
         p.tiny * magnitudes[f"{name}.floor"]
         + p.operand_tiny * magnitudes.get(f"{name}.floor_operand", 0.0)

@@ -37,6 +37,7 @@ class Arithmetic(NamedTuple):
 
     dtype: type = np.float32
     operand: Rounding = same
+    result: Rounding = same
     product: Rounding = same
     exp: Callable[[Array], Array] = np.exp
     one_by_one: bool = False
@@ -47,8 +48,8 @@ ARITHMETICS = {
     "fp64": Arithmetic(np.float64),
     "fp32": Arithmetic(),
     "tf32": Arithmetic(product=to_tf32),
-    "bf16": Arithmetic(operand=to_bfloat16),
-    "fp16": Arithmetic(operand=to_half),
+    "bf16": Arithmetic(operand=to_bfloat16, result=to_bfloat16),
+    "fp16": Arithmetic(operand=to_half, result=to_half),
     "fp16_accumulate": Arithmetic(np.float16, one_by_one=True),
 }
 """A correct arithmetic for every profile."""
@@ -98,7 +99,7 @@ def attend(
         l_i = l_i * decay + rows_sum(P_ij, a)
         O_i = O_i * decay + multiply(a.operand(P_ij), V[part], a)
         m_i = m_new
-    return a.operand(O_i / l_i), (m_i + np.log(l_i))[:, 0]
+    return a.result(O_i / l_i), (m_i + np.log(l_i))[:, 0]
 
 
 def gradients(
@@ -120,7 +121,7 @@ def gradients(
     dS_ij = a.operand(P_ij * (dP_ij - D_i))
     dV = multiply(a.operand(P_ij).T, dO, a)
     dQ, dK = multiply(dS_ij, K, a) * scale, multiply(dS_ij.T, Q, a) * scale
-    return a.operand(dQ), a.operand(dK), a.operand(dV)
+    return a.result(dQ), a.result(dK), a.result(dV)
 
 
 FAMILIES = (

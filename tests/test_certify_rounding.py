@@ -37,7 +37,9 @@ def wide_floats(count):
     rng = np.random.default_rng(7)
     bits = rng.integers(0, 2**64, count, dtype=np.uint64).view(np.float64)
     near = np.ldexp(rng.standard_normal(count), rng.integers(-170, 130, count))
-    short = np.ldexp(rng.integers(-(2**13), 2**13, count).astype(float), rng.integers(-165, 125))
+    short = np.ldexp(
+        rng.integers(-(2**13), 2**13, count).astype(float), rng.integers(-165, 125, count)
+    )
     return np.concatenate([bits[np.isfinite(bits)], near, short])
 
 

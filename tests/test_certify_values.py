@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from refattn.certify import CertifyError, certify
+from refattn.certify.engine import solve
 from refattn.certify.flint_attention import prepare
 from refattn.certify.philox import philox
-from refattn.certify.engine import solve
 
 SIGMOID_1 = 0.7310585786300049  # 0.731058578630004879…
 SIGMOID_SLOPE_1 = 0.19661193324148185  # σ(1)σ(-1) = 0.196611933241481852…

@@ -76,9 +76,7 @@ def _head(
     return Projected(Head(rows, logits, Q, K, V, None, fmpq(1)), X, Y, W_o)
 
 
-def _sum(a: Rows | None, b: Rows) -> Rows:
-    if a is None:
-        return b
+def _sum(a: Rows, b: Rows) -> Rows:
     return [[add(x, y) for x, y in zip(u, v, strict=True)] for u, v in zip(a, b, strict=True)]
 
 
@@ -91,21 +89,20 @@ def _left(a: Grid, b: Rows) -> Rows:
     return _turned(times(transposed_mixed(mixed(b)), a))
 
 
-class Sums:
-    """Outputs that several heads or items add to, by name and place."""
+Sums = dict[tuple[str, int], Rows]
+"""Outputs to which several heads or items add, by name and by item or head."""
 
-    def __init__(self) -> None:
-        """Start empty."""
-        self.parts: dict[tuple[str, int], Rows] = {}
 
-    def add(self, name: str, place: int, rows: Rows) -> None:
-        """Add a matrix to the output `name` at an item or head."""
-        self.parts[name, place] = _sum(self.parts.get((name, place)), rows)
+def _add_to(sums: Sums, name: str, place: int, rows: Rows) -> None:
+    """Add a matrix to the output `name` at an item or head."""
+    before = sums.get((name, place))
+    sums[name, place] = rows if before is None else _sum(before, rows)
 
-    def cells(self, name: str, shape: tuple[int, ...]) -> Cells:
-        """Return the whole output."""
-        values = [x for place in range(shape[0]) for row in self.parts[name, place] for x in row]
-        return Cells(shape, values)
+
+def _cells(sums: Sums, name: str, shape: tuple[int, ...]) -> Cells:
+    """Return a whole output."""
+    values = [x for place in range(shape[0]) for row in sums[name, place] for x in row]
+    return Cells(shape, values)
 
 
 def _add_gradients(
@@ -120,30 +117,32 @@ def _add_gradients(
     item, h = at
     dQ, dK, dV = back.d_query, back.d_key, back.d_value
     W_q, W_k, W_v = (transposed(grid(inputs[n][h])) for n in ("w_query", "w_key", "w_value"))
-    sums.add("d_query_input", item, times(mixed(dQ), W_q))
-    sums.add("d_source_input", item, times(mixed(dK), W_k))
-    sums.add("d_source_input", item, times(mixed(dV), W_v))
-    sums.add("d_w_query", h, _left(part.query_input, dQ))
-    sums.add("d_w_key", h, _left(part.source_input, dK))
-    sums.add("d_w_value", h, _left(part.source_input, dV))
+    _add_to(sums, "d_query_input", item, times(mixed(dQ), W_q))
+    _add_to(sums, "d_source_input", item, times(mixed(dK), W_k))
+    _add_to(sums, "d_source_input", item, times(mixed(dV), W_v))
+    _add_to(sums, "d_w_query", h, _left(part.query_input, dQ))
+    _add_to(sums, "d_w_key", h, _left(part.source_input, dK))
+    _add_to(sums, "d_w_value", h, _left(part.source_input, dV))
     dY = grid(inputs["d_output"][item])
     gate = float(inputs["head_gates"][h]) if "head_gates" in inputs else 1.0
     # (dYᵀ O)ᵀ = Oᵀ dY
-    sums.add("d_w_output", h, times(transposed_mixed(mixed(state.output)), scaled_by(dY, gate)))
+    _add_to(
+        sums, "d_w_output", h, times(transposed_mixed(mixed(state.output)), scaled_by(dY, gate))
+    )
     if "head_gates" in inputs:
         ungated = product(dY, transposed(grid(inputs["w_output"][h])))
         inner = times(mixed(state.output), transposed(ungated))
-        sums.add("d_head_gates", h, [[total_of(row[i] for i, row in enumerate(inner))]])
+        _add_to(sums, "d_head_gates", h, [[total_of(row[i] for i, row in enumerate(inner))]])
 
 
 def _evaluate(
     inputs: Mapping[str, Array], parts: Mapping[tuple[int, int], Projected]
 ) -> dict[str, Cells]:
-    sums = Sums()
+    sums: Sums = {}
     b, n_q, _ = inputs["query_input"].shape
     for (item, h), part in parts.items():
         state = forward(part.head)
-        sums.add("output", item, times(mixed(state.output), part.w_output))
+        _add_to(sums, "output", item, times(mixed(state.output), part.w_output))
         if "d_output" in inputs:
             dO = product(grid(inputs["d_output"][item]), transposed(part.w_output))
             back = backward(part.head, state, dO, [ZERO] * n_q)
@@ -154,7 +153,7 @@ def _evaluate(
         shapes |= {f"d_{name}": inputs[name].shape for name in names}
         if "head_gates" in inputs:
             shapes["d_head_gates"] = inputs["head_gates"].shape
-    return {name: sums.cells(name, shape) for name, shape in shapes.items()}
+    return {name: _cells(sums, name, shape) for name, shape in shapes.items()}
 
 
 def prepare(

@@ -5,8 +5,8 @@ line of a listing touches the rows it names, and every element touched is counte
 one write. Work on chip is free.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,26 +15,37 @@ from refattn.certify.exact import Array
 from refattn.certify.setting import expect
 
 
-class Memory:
-    """High-bandwidth memory: matrices of a given shape, and counts of elements moved."""
+class Move(NamedTuple):
+    """One line of a listing: matrices of which rows (None: all) are loaded or written."""
 
-    def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
-        """Allocate matrices; allocation moves nothing."""
-        self.shapes = shapes
-        self.reads = 0
-        self.writes = 0
+    kind: str
+    names: tuple[str, ...]
+    rows: range | None = None
 
-    def _elements(self, name: str, rows: range | None) -> int:
-        count, width = self.shapes[name]
-        return sum(1 for row in (range(count) if rows is None else rows) for _ in range(width))
 
-    def load(self, *names: str, rows: range | None = None) -> None:
-        """Read rows of matrices, all rows by default."""
-        self.reads += sum(self._elements(name, rows) for name in names)
+Shapes = dict[str, tuple[int, int]]
+"""Rows and columns of every matrix in HBM."""
 
-    def write(self, *names: str, rows: range | None = None) -> None:
-        """Write rows of matrices, all rows by default."""
-        self.writes += sum(self._elements(name, rows) for name in names)
+
+def load(*names: str, rows: range | None = None) -> Move:
+    """Read rows of matrices from HBM."""
+    return Move("reads", names, rows)
+
+
+def write(*names: str, rows: range | None = None) -> Move:
+    """Write rows of matrices to HBM."""
+    return Move("writes", names, rows)
+
+
+def elements(move: Move, shapes: Shapes) -> int:
+    """Count the elements that a line touches, one by one."""
+    count = 0
+    for name in move.names:
+        height, width = shapes[name]
+        for _ in range(height) if move.rows is None else move.rows:
+            for _ in range(width):
+                count += 1
+    return count
 
 
 def _tiles(length: int, block: int) -> list[range]:
@@ -48,55 +59,55 @@ def _blocks(sram: int, d: int) -> tuple[int, int]:
     return B_c, min(B_c, d)
 
 
-def standard(memory: Memory, sram: int) -> None:
+def standard(shapes: Shapes, sram: int) -> Iterator[Move]:
     """Execute Algorithm 0."""
-    memory.load("Q", "K")  # line 1
-    memory.write("S")
-    memory.load("S")  # line 2
-    memory.write("P")
-    memory.load("P", "V")  # line 3
-    memory.write("O")
+    yield load("Q", "K")  # line 1
+    yield write("S")
+    yield load("S")  # line 2
+    yield write("P")
+    yield load("P", "V")  # line 3
+    yield write("O")
 
 
-def standard_backward(memory: Memory, sram: int) -> None:
+def standard_backward(shapes: Shapes, sram: int) -> Iterator[Move]:
     """Execute Algorithm 3."""
-    memory.load("P", "dO")  # line 1
-    memory.write("dV")
-    memory.load("dO", "V")  # line 2
-    memory.write("dP")
-    memory.load("P", "dP")  # line 3
-    memory.write("dS")
-    memory.load("dS", "K")  # line 4
-    memory.write("dQ")
-    memory.load("dS", "Q")  # line 5
-    memory.write("dK")
+    yield load("P", "dO")  # line 1
+    yield write("dV")
+    yield load("dO", "V")  # line 2
+    yield write("dP")
+    yield load("P", "dP")  # line 3
+    yield write("dS")
+    yield load("dS", "K")  # line 4
+    yield write("dQ")
+    yield load("dS", "Q")  # line 5
+    yield write("dK")
 
 
-def tiled(memory: Memory, sram: int) -> None:
+def tiled(shapes: Shapes, sram: int) -> Iterator[Move]:
     """Execute Algorithm 1."""
-    B_c, B_r = _blocks(sram, memory.shapes["Q"][1])  # line 1
-    memory.write("O", "l", "m")  # line 2
-    for j in _tiles(memory.shapes["K"][0], B_c):  # line 5
-        memory.load("K", "V", rows=j)  # line 6
-        for i in _tiles(memory.shapes["Q"][0], B_r):  # line 7
-            memory.load("Q", "O", "l", "m", rows=i)  # line 8
-            memory.write("O", rows=i)  # line 12
-            memory.write("l", "m", rows=i)  # line 13
+    B_c, B_r = _blocks(sram, shapes["Q"][1])  # line 1
+    yield write("O", "l", "m")  # line 2
+    for j in _tiles(shapes["K"][0], B_c):  # line 5
+        yield load("K", "V", rows=j)  # line 6
+        for i in _tiles(shapes["Q"][0], B_r):  # line 7
+            yield load("Q", "O", "l", "m", rows=i)  # line 8
+            yield write("O", rows=i)  # line 12
+            yield write("l", "m", rows=i)  # line 13
 
 
-def tiled_backward(memory: Memory, sram: int) -> None:
+def tiled_backward(shapes: Shapes, sram: int) -> Iterator[Move]:
     """Execute Algorithm 4."""
-    B_c, B_r = _blocks(sram, memory.shapes["Q"][1])  # line 2
-    memory.write("dQ", "dK", "dV")  # line 5
-    for j in _tiles(memory.shapes["K"][0], B_c):  # line 6
-        memory.load("K", "V", rows=j)  # line 7
-        for i in _tiles(memory.shapes["Q"][0], B_r):  # line 9
-            memory.load("Q", "O", "dO", "dQ", "l", "m", rows=i)  # line 10
-            memory.write("dQ", rows=i)  # line 21
-        memory.write("dK", "dV", rows=j)  # line 24
+    B_c, B_r = _blocks(sram, shapes["Q"][1])  # line 2
+    yield write("dQ", "dK", "dV")  # line 5
+    for j in _tiles(shapes["K"][0], B_c):  # line 6
+        yield load("K", "V", rows=j)  # line 7
+        for i in _tiles(shapes["Q"][0], B_r):  # line 9
+            yield load("Q", "O", "dO", "dQ", "l", "m", rows=i)  # line 10
+            yield write("dQ", rows=i)  # line 21
+        yield write("dK", "dV", rows=j)  # line 24
 
 
-LISTINGS: dict[str, Callable[[Memory, int], None]] = {
+LISTINGS: dict[str, Callable[[Shapes, int], Iterator[Move]]] = {
     "standard": standard,
     "standard_backward": standard_backward,
     "tiled": tiled,
@@ -120,9 +131,8 @@ def traffic(
     by_key = dict.fromkeys(("K", "V", "dK", "dV"), (n_k, d))
     scores = dict.fromkeys(("S", "P", "dS", "dP"), (n_q, n_k))
     statistics = dict.fromkeys(("l", "m"), (n_q, 1))
-    memory = Memory(by_query | by_key | scores | statistics)
-    LISTINGS[algorithm](memory, int(parameters.get("sram", 0)))
-    return {
-        "reads": np.array(memory.reads, dtype=np.int64),
-        "writes": np.array(memory.writes, dtype=np.int64),
-    }
+    shapes = by_query | by_key | scores | statistics
+    counts = {"reads": 0, "writes": 0}
+    for move in LISTINGS[algorithm](shapes, int(parameters.get("sram", 0))):
+        counts[move.kind] += elements(move, shapes)
+    return {name: np.array(count, dtype=np.int64) for name, count in counts.items()}

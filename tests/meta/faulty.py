@@ -316,6 +316,9 @@ def run(case, fault=None, dtype=np.float32):
     allowed = _allowed(case, inputs, fault)
     S, X, added = _logits(case, inputs, fault)
     P, L = _weights(case, inputs, S, allowed, fault)
+    if case.conventions.get("masked") == "add":  # -∞ does not silence a NaN in its cell
+        lost = np.isnan(S).any(axis=-1)
+        P, L = np.where(lost[..., None], np.nan, P), np.where(lost, np.nan, L)
     chance = case.parameters.get("keep_probability", 1.0)
     keep = inputs.get("keep", np.ones_like(allowed))
     kept = P if fault == "keep_ignored" else np.where(keep, P, 0)
