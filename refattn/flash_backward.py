@@ -20,12 +20,10 @@ from refattn.tiles import (
     check_operands,
     default_scale,
     divide,
-    divisor,
     join,
     kept_cells,
     masking,
     product_over_allowed,
-    shift,
     spans,
 )
 
@@ -123,8 +121,8 @@ def flash_attention_backward(
             allowed = allowed_cells(rules, rows[i], cols[j], xp)
             keep_ij = kept_cells(rules, rows[i], cols[j])
             S_ij = masked_scores(Q_i, K_j, allowed, tau)  # lines 11, 12
-            P_ij = xp.exp(S_ij - shift(m_i)) / divisor(l_i)  # line 13
-            P_ij = xp.where(allowed, P_ij, xp.zeros_like(P_ij))  # also where m_i is NaN
+            P_ij = xp.exp(S_ij - m_i) / l_i  # line 13
+            P_ij = xp.where(allowed, P_ij, xp.zeros_like(P_ij))  # also where m_i is -∞ or NaN
             P_dropped = drop_weights(P_ij, keep_ij, kept)  # lines 14, 15
             allowed_T = xp.matrix_transpose(allowed)
             P_dropped_T = xp.matrix_transpose(P_dropped)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import rounded
 from refattn.bounds import PROFILES, coefficients, profile_of
 from refattn.certify.errors import CertifyError
+from refattn.certify.softmax_units import chain
 from refattn.certify.units import units
 from refattn.checks import OptionError
 
@@ -195,6 +196,40 @@ def test_one_key_by_hand() -> None:
     # S = 4·1/2 = L = m = 2: e = (4 + 8)·2 + 8·2 + 4·(2 + 2 + 2), then 9 terms and 8·(2 + 2 + 1)
     assert tensors["logsumexp.unit_logit"].item() == (24 + 16 + 24) + 9 + 40
     assert tensors["logsumexp.unit"].item() == 0
+
+
+def rises(S: Array, j: int, edges: list[int]) -> int:
+    """Count how often the maximum over the tiles between edges rises after the tile of key j."""
+    maxima = [S[a:b].max() for a, b in pairwise(edges) if b > j]
+    return sum(new > max(maxima[:i]) for i, new in enumerate(maxima) if i)
+
+
+@pytest.mark.clause("NUM-LOGIT1")
+def test_chain_counts_the_rises_after_a_key() -> None:
+    S = np.array([[2.0, 1.0, 3.0, 3.0, 0.0, 5.0, 4.0]])
+    allowed = np.ones(S.shape, bool)
+    assert chain(S, allowed).tolist() == [[2, 2, 1, 1, 1, 0, 1]]
+    allowed[0, 2:4] = False
+    assert chain(S, allowed)[0, [0, 1, 4, 5, 6]].tolist() == [1, 1, 2, 0, 1]
+
+
+@pytest.mark.clause("NUM-LOGIT1")
+@settings(max_examples=60, deadline=None)
+@given(
+    S=st.lists(st.integers(-9, 9), min_size=1, max_size=13),
+    cuts=st.sets(st.integers(1, 12)),
+    start=st.integers(0, 12),
+)
+def test_no_tiling_of_contiguous_keys_rises_more_often(
+    S: list[int], cuts: set[int], start: int
+) -> None:
+    row = np.array(S, np.float64)
+    start = min(start, len(S) - 1)
+    for logits in (row, row[::-1]):
+        edges = [start, *sorted(c for c in cuts if start < c < len(S)), len(S)]
+        r_ij = chain(logits[None], np.ones((1, len(S)), bool))[0]
+        for j in range(start, len(S)):
+            assert rises(logits, j, edges) <= r_ij[j]
 
 
 @pytest.mark.clause("NUM-LOGIT1")

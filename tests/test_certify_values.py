@@ -248,5 +248,7 @@ def test_unknown_names_are_refused_in_one_sentence():
         certify("attention", pair(), {"scal": 1.0}, {})
     with pytest.raises(CertifyError, match="empty_row is 'one'"):
         certify("attention", pair(), {}, {"empty_row": "one"})
+    with pytest.raises(CertifyError, match=r"key has shape \(1, 1, 0, 1\)"):
+        certify("attention", pair(key=np.zeros((1, 1, 0, 1))), {}, {})
     with pytest.raises(CertifyError, match="needs heads"):
         certify("alibi", {}, {"n_q": 1, "n_k": 1}, {})

@@ -170,6 +170,18 @@ def test_logits_of_ten_thousand_neither_overflow_nor_vanish(dtype):
 
 @pytest.mark.clause("FA1-ALG1", "FA1-ALG2")
 @pytest.mark.parametrize("attend", [flash_attention, flash_attention_forward])
+@pytest.mark.parametrize("block_cols", [1, 2])
+def test_each_row_of_a_tile_has_its_own_maximum(attend, block_cols):
+    query, key = np.asarray([[1.0], [-1.0]]), np.asarray([[1e4], [1e4 + 1.0]])
+    value = np.asarray([[4.0], [8.0]])
+    result = attend(query, key, value, block_rows=2, block_cols=block_cols, scale=1.0)
+    share = 1 / (1 + math.e)
+    np.testing.assert_allclose(result.output, [[8 - 4 * share], [4 + 4 * share]], rtol=1e-14)
+    np.testing.assert_array_equal(result.row_max, [1e4 + 1.0, -1e4])
+
+
+@pytest.mark.clause("FA1-ALG1", "FA1-ALG2")
+@pytest.mark.parametrize("attend", [flash_attention, flash_attention_forward])
 def test_logits_that_are_all_far_below_zero_are_not_empty(attend):
     key = np.full((5, 1), -84000.0)
     value = np.arange(10.0).reshape(5, 2)

@@ -53,6 +53,14 @@ def test_the_softmax_is_shifted_by_the_maximum_of_the_row(level):
     np.testing.assert_allclose(result.weights, [[0.25, 0.75]], rtol=1e-10)
 
 
+@pytest.mark.clause("FA1-S31", "FA1-ALG0")
+def test_each_row_is_shifted_by_its_own_maximum():
+    key = np.asarray([[1e4], [1e4 + 1.0]])
+    result = standard_attention(np.asarray([[1.0], [-1.0]]), key, np.asarray([[4.0], [8.0]]))
+    share = 1 / (1 + math.e)
+    np.testing.assert_allclose(result.weights, [[share, 1 - share], [1 - share, share]], rtol=1e-14)
+
+
 @pytest.mark.clause("FA1-ALG3")
 def test_gradients_by_hand():
     query, key = np.asarray([[1.0]]), np.asarray([[0.0], [math.log(3.0)]])

@@ -36,22 +36,26 @@ def run(inputs: Arrays, options: dict[str, Any]) -> Arrays:
     """Run the function on a case, and its vector-Jacobian product if it has a d_output."""
     import jax
 
-    leaves = {name: jax.numpy.asarray(inputs[name]) for name in LEAVES if name in inputs}
+    leaves = {name: inputs[name] for name in LEAVES if name in inputs}
     fixed = _fixed(inputs, options)
 
-    def output_only(leaves: dict[str, Any]) -> Any:
-        return jax.nn.dot_product_attention(**leaves, **fixed)
+    def attend(leaves: dict[str, Any]) -> tuple[Any, Any]:
+        return tuple(jax.nn.dot_product_attention(**leaves, **fixed, return_residual=True))
 
-    output, logsumexp = jax.nn.dot_product_attention(**leaves, **fixed, return_residual=True)
-    outputs = {
+    def with_gradients(leaves: dict[str, Any], d_output: Any) -> tuple[Any, Any, Any]:
+        output, pullback, logsumexp = jax.vjp(attend, leaves, has_aux=True)
+        return output, logsumexp, pullback(d_output)[0]
+
+    gradients: dict[str, Any] = {}
+    if "d_output" in inputs:
+        output, logsumexp, gradients = jax.jit(with_gradients)(leaves, inputs["d_output"])
+    else:
+        output, logsumexp = jax.jit(attend)(leaves)
+    return {
         "output": np.asarray(output),
         "logsumexp": np.asarray(logsumexp).swapaxes(1, 2),  # (b, n, h) there, (b, h, n) here
+        **{f"d_{name}": np.asarray(gradient) for name, gradient in gradients.items()},
     }
-    if "d_output" in inputs:
-        _, pullback = jax.vjp(output_only, leaves)
-        (gradients,) = pullback(jax.numpy.asarray(inputs["d_output"]))
-        outputs |= {f"d_{name}": np.asarray(gradient) for name, gradient in gradients.items()}
-    return outputs
 
 
 def _fixed(inputs: Arrays, options: dict[str, Any]) -> dict[str, Any]:

@@ -14,15 +14,13 @@ from refattn.audit.subject import Arrays, Subject
 FEATURES = frozenset({"scale", "mask", "bias", "causal", "grouped_heads", "cross_lengths"})
 """What its documentation promises on every backend."""
 
-CONVENTIONS = {
-    "torch": {"empty_row": "zero", "masked": "add"},
-    "jax": {},
-    "tensorflow": {},
-    "numpy": {},
-}
-"""Conventions that the results of each backend show, beside those of all."""
+CONVENTIONS = {"alignment": "top_left", "head_map": "interleave"}
+"""Conventions that its results show on every backend; its empty rows follow no single one."""
 
-BACKENDS = tuple(CONVENTIONS)
+TAKEN = ("query", "key", "value", "mask", "bias")
+"""Tensors that it takes."""
+
+BACKENDS = ("torch", "jax", "tensorflow")
 """Backends in the order of preference, where KERAS_BACKEND names none."""
 
 
@@ -30,18 +28,14 @@ def subject() -> Subject:
     """Return the subject; keras is imported here, on an installed backend."""
     if "KERAS_BACKEND" not in os.environ:
         installed = (name for name in BACKENDS if importlib.util.find_spec(name))
-        os.environ["KERAS_BACKEND"] = next(installed)
+        os.environ["KERAS_BACKEND"] = next(installed, BACKENDS[0])
     import keras
 
     backend = keras.backend.backend()
     capabilities = Capabilities(
         features=FEATURES,
         dtypes=("float64", "float32", "float16"),
-        conventions={
-            "alignment": "top_left",
-            "head_map": "interleave",
-            **CONVENTIONS.get(backend, {}),
-        },
+        conventions=CONVENTIONS,
         layout="bnhd",
         exclusive=(
             frozenset({"mask", "bias"}),
@@ -55,17 +49,19 @@ def run(inputs: Arrays, options: dict[str, Any]) -> Arrays:
     """Run the function on a case."""
     from keras import ops
 
-    shaped = {
-        name: inputs[name].reshape((1,) * (4 - inputs[name].ndim) + inputs[name].shape)
-        for name in ("mask", "bias")
-        if name in inputs
+    tensors = {  # a bare float64 array would be made float32, Keras's default
+        name: ops.convert_to_tensor(_four(array), dtype=array.dtype.name)
+        for name, array in inputs.items()
+        if name in TAKEN
     }
     output = ops.dot_product_attention(
-        inputs["query"],
-        inputs["key"],
-        inputs["value"],
-        **shaped,
+        **tensors,
         scale=options.get("scale"),
         is_causal=bool(options.get("causal", False)),
     )
     return {"output": np.asarray(ops.convert_to_numpy(output))}
+
+
+def _four(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return an array with leading axes of one, up to four axes."""
+    return array.reshape((1,) * (4 - array.ndim) + array.shape)

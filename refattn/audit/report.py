@@ -46,7 +46,7 @@ def summary(subject: Subject, pack: Pack, results: Sequence[Result]) -> dict[str
         "counts": {status: counts[status] for status in (PASS, FAIL, NOT_RUN)},
         "ok": not counts[FAIL],
         "declared_precision": sorted({r.profile for r in results if r.status != NOT_RUN}),
-        "measured_precision": measured(results),
+        "measured_precision": {d: list(found) for d, found in measured(results).items()},
         "clauses": [
             {
                 "id": v.id,
@@ -79,10 +79,13 @@ def headline(data: dict[str, Any]) -> str:
 
 def precision(data: dict[str, Any]) -> str:
     """Return the sentence about the precision that was measured."""
-    found = [f"{profile} in {dtype}" for dtype, profile in data["measured_precision"].items()]
+    found = [
+        f"{profile} in {dtype} ({scope})"
+        for dtype, (profile, scope) in data["measured_precision"].items()
+    ]
     return (
         f"Declared precision: {', '.join(data['declared_precision'])}. Measured precision, the "
-        f"tightest whose bounds every passing run met: {', '.join(found) or 'none'}."
+        f"tightest whose bounds were met: {', '.join(found) or 'none'}."
     )
 
 

@@ -92,6 +92,9 @@ def certify(
         CertifyError: the operation, an option or a non-finite operand is not defined here.
     """
     arrays = {name: widened(x) for name, x in inputs.items()}
+    for name, x in arrays.items():
+        if x.size == 0:
+            raise CertifyError(f"{name} has shape {x.shape}, but certification needs elements")
     try:
         if op in COUNTED:
             outputs = COUNTED[op](arrays, parameters, conventions)

@@ -54,7 +54,8 @@ def _hops(S: Array) -> Array:
     row = np.arange(n_q)
     for j in range(n_k - 2, -1, -1):
         here = S[:, j : j + 1]
-        greater = S[:, j + 1 :] > here + TIE * (1 + np.abs(here))
+        level = here + TIE * (1 + np.abs(np.where(np.isfinite(here), here, 0.0)))
+        greater = S[:, j + 1 :] > level
         first = np.argmax(greater, axis=1)
         hops[:, j] = np.where(greater.any(axis=1), 1 + hops[row, j + 1 + first], 0.0)
     return hops

@@ -77,6 +77,8 @@ def _refuse(case: Case) -> None:
             raise NotExpressible(f"Attention has no input for {what}")
     if not all(np.isfinite(case.inputs[n]).all() for n in ("query", "key", "value")):
         raise NotExpressible("Attention adds its mask, so non-finite masked cells reach the output")
+    if case.parameters.get("scale", 1.0) < 0:
+        raise NotExpressible("Attention multiplies both operands by the root of the scale")
     grouped = case.inputs["query"].shape[1] != case.inputs["key"].shape[1]
     if grouped and case.conventions["head_map"] == "tile":
         raise NotExpressible("Attention maps grouped heads by interleaving only")

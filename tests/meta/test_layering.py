@@ -14,7 +14,6 @@ PACKAGE = Path(refattn.__file__).parent
 FLOORS = (
     {"errors"},
     {"arrays", "checks", "spec_text"},
-    {"rules"},
     {"clause files"},
     {"backends", "bounds", "judge", "certify", "dialects"},
     {"vectors"},
@@ -100,10 +99,3 @@ def test_the_gpu_package_is_imported_by_name_in_one_place(path: Path) -> None:
     assert not any(name.split(".")[0] == "refattn_gpu" for name in _imports(path))
     if _dotted(path) != "refattn.backends":
         assert "refattn_gpu" not in path.read_text("utf-8")
-
-
-def test_rules_import_only_math() -> None:
-    path = PACKAGE / "rules.py"
-    if not path.exists():
-        pytest.skip("no scalar rules yet")
-    assert {name.split(".")[0] for name in _imports(path)} <= {"math", "__future__"}

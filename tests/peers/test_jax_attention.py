@@ -53,7 +53,7 @@ def _run_jax(arrays: Arrays, d_output: np.ndarray, **options: Any) -> Arrays:
 
 
 MASK, EMPTY = _mask(1, empty=False), _mask(2, empty=True)
-LENGTHS = np.array([5, 2])
+LENGTHS = np.array([5, 2], dtype=np.int32)  # jax refuses int64 where its 64 bits are switched on
 
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),

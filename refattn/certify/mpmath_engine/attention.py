@@ -4,7 +4,7 @@ O_i = Σ_j P_ij V_j with P_ij = e^{S_ij}/(Σ_k e^{S_ik} + e^{sink}), D_i = Σ_c 
 dS_ij = P_ij (dP_ij - D_i + dL_i). NaN takes its course through the arithmetic of mpmath.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -209,73 +209,95 @@ def column(rows: list[dict[int, Any]], j: int, x: Matrix, c: int) -> Any:
     return total([row[j] * x.n[i, c] for i, row in enumerate(rows) if j in row]) * mp.ldexp(1, x.e)
 
 
-def evaluator(t: Mapping[str, Array], p: Mapping[str, Any], c: Mapping[str, Any]) -> Any:
-    """Return a function from output name and index to its value at the present precision."""
-    o = options(t, p, c)
-    forward = cache(lambda b, h: head(o, b, h))
-    matrix = cache(lambda name, b, h: load(t[name][b, h]))
-    shape = (*t["query"].shape[:3], t["value"].shape[3])
-    upstream = t.get("d_output", np.zeros(shape))
+class Views(NamedTuple):
+    """The problem and its parts, each computed when first asked for."""
 
-    @cache
-    def d_out(b: int, h: int) -> Matrix:
-        return load(upstream[b, h])
+    o: Options
+    forward: Callable[[int, int], Scores]
+    back: Callable[[int, int], Gradients]
+    matrix: Callable[[str, int, int], Matrix]
+
+
+def views(o: Options) -> Views:
+    """Prepare the parts of a problem at the present precision."""
+    shape = (o.b, o.h, o.n_q, o.t["value"].shape[3])
+    tensors = {"d_output": np.zeros(shape), **o.t}
+    matrix = cache(lambda name, b, h: load(tensors[name][b, h]))
+    forward = cache(lambda b, h: head(o, b, h))
 
     @cache
     def back(b: int, h: int) -> Gradients:
-        dL = t["d_logsumexp"][b, h] if "d_logsumexp" in t else None
-        return gradients(o, forward(b, h), d_out(b, h), matrix("value", b, kv(o, h)), dL, b, h)
+        dL = o.t["d_logsumexp"][b, h] if "d_logsumexp" in o.t else None
+        V = matrix("value", b, kv(o, h))
+        return gradients(o, forward(b, h), matrix("d_output", b, h), V, dL, b, h)
 
-    def biased(b: int, h: int) -> list[dict[int, Any]]:
-        after = o.p.get("softcap") is not None and o.c.get("softcap_order") == "after_bias"
-        return back(b, h).d_scores if after else back(b, h).d_logits
+    return Views(o, forward, back, matrix)
 
-    def d_bias(index: tuple[int, ...]) -> Any:
-        wide = (1,) * (4 - t["bias"].ndim) + t["bias"].shape
-        place = (0,) * (4 - len(index)) + index
-        spans = [
-            [k] if size > 1 else range(n)
-            for k, size, n in zip(place, wide, (o.b, o.h, o.n_q, o.n_k), strict=True)
+
+def biased(v: Views, b: int, h: int) -> list[dict[int, Any]]:
+    """Return the gradient of the sum to which bias and slopes belong."""
+    after = v.o.p.get("softcap") is not None and v.o.c.get("softcap_order") == "after_bias"
+    return v.back(b, h).d_scores if after else v.back(b, h).d_logits
+
+
+def d_bias(v: Views, index: tuple[int, ...]) -> Any:
+    """Add the gradients of all logits that share an element of the bias."""
+    o, size = v.o, v.o.t["bias"].shape
+    wide, place = (1,) * (4 - len(size)) + size, (0,) * (4 - len(index)) + index
+    bs, hs, rows, keys = (
+        [k] if n > 1 else range(full)
+        for k, n, full in zip(place, wide, (o.b, o.h, o.n_q, o.n_k), strict=True)
+    )
+    parts = [biased(v, b, h)[i] for b in bs for h in hs for i in rows]
+    return total([row.get(j, mpf(0)) for row in parts for j in keys])
+
+
+def d_slope(v: Views, h: int) -> Any:
+    """Add gradient times distance over all items, rows and keys of a head."""
+    return total(
+        [
+            x * gap(v.o, b, i, j)
+            for b in range(v.o.b)
+            for i, row in enumerate(biased(v, b, h))
+            for j, x in row.items()
         ]
-        return total(
-            [
-                biased(b, h)[i].get(j, mpf(0))
-                for b in spans[0]
-                for h in spans[1]
-                for i in spans[2]
-                for j in spans[3]
-            ]
-        )
+    )
+
+
+def d_query(v: Views, b: int, h: int, i: int, c: int) -> Any:
+    """dq_i = scale Σ_j dX_ij k_j."""
+    K = v.matrix("key", b, kv(v.o, h))
+    terms = [x * K.n[j, c] for j, x in v.back(b, h).d_scores[i].items()]
+    return scale(v.o) * total(terms) * mp.ldexp(1, K.e)
+
+
+def shared(v: Views, name: str, b: int, group: int, j: int, c: int) -> Any:
+    """Add what all query heads of a group give to a key or a value."""
+    heads = [h for h in range(v.o.h) if kv(v.o, h) == group]
+    if name == "d_value":
+        parts = [column(v.forward(b, h).kept, j, v.matrix("d_output", b, h), c) for h in heads]
+        return total(parts)
+    parts = [column(v.back(b, h).d_scores, j, v.matrix("query", b, h), c) for h in heads]
+    return scale(v.o) * total(parts)
+
+
+def evaluator(t: Mapping[str, Array], p: Mapping[str, Any], c: Mapping[str, Any]) -> Any:
+    """Return a function from output name and index to its value at the present precision."""
+    v = views(options(t, p, c))
 
     def value(name: str, index: tuple[int, ...]) -> Any:
         if name == "output":
-            return forward(*index[:2]).O[index[2]][index[3]]
+            return v.forward(*index[:2]).O[index[2]][index[3]]
         if name == "logsumexp":
-            return forward(*index[:2]).L[index[2]]
+            return v.forward(*index[:2]).L[index[2]]
         if name == "d_query":
-            b, h, i, c_ = index
-            K = matrix("key", b, kv(o, h))
-            terms = [x * K.n[j, c_] for j, x in back(b, h).d_scores[i].items()]
-            return scale(o) * total(terms) * mp.ldexp(1, K.e)
+            return d_query(v, *index)
         if name in ("d_key", "d_value"):
-            b, group, j, c_ = index
-            heads = [h for h in range(o.h) if kv(o, h) == group]
-            if name == "d_value":
-                return total([column(forward(b, h).kept, j, d_out(b, h), c_) for h in heads])
-            parts = [column(back(b, h).d_scores, j, matrix("query", b, h), c_) for h in heads]
-            return scale(o) * total(parts)
+            return shared(v, name, *index)
         if name == "d_bias":
-            return d_bias(index)
-        (h,) = index
-        if name == "d_sinks":
-            return total([x for b in range(o.b) for x in back(b, h).sink])
-        return total(
-            [
-                x * gap(o, b, i, j)
-                for b in range(o.b)
-                for i, row in enumerate(biased(b, h))
-                for j, x in row.items()
-            ]
-        )
+            return d_bias(v, index)
+        if name == "d_slopes":
+            return d_slope(v, *index)
+        return total([x for b in range(v.o.b) for x in v.back(b, *index).sink])
 
     return value

@@ -3,7 +3,7 @@
 Y = Σ_h g_h O_h W_h, each head with its projections; gradients by the product rule.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from refattn.certify.mpmath_engine.attention import (
     Options,
     Scores,
     gradients,
+    scale,
     solve_head,
 )
 from refattn.certify.mpmath_engine.numbers import Array, Matrix, load, matmul, number, total
@@ -45,13 +46,22 @@ def dense(rows: list[dict[int, Any]], n: int) -> Array:
     return full
 
 
-def evaluator(t: Mapping[str, Array], p: Mapping[str, Any], c: Mapping[str, Any]) -> Any:
-    """Return a function from output name and index to its value at the present precision."""
+class Views(NamedTuple):
+    """The problem and its parts, each computed when first asked for."""
+
+    t: Mapping[str, Array]
+    gates: list[Any]
+    part: Callable[[int, int], Part]
+    projected: Callable[[int, int], Array]
+    d_parts: Callable[[int, int], tuple[Array, Array, Array]]
+
+
+def views(t: Mapping[str, Array], p: Mapping[str, Any], c: Mapping[str, Any]) -> Views:
+    """Prepare the parts of a problem at the present precision."""
     b_, n_q, _ = t["query_input"].shape
     h_, d_k, n_k = t["w_query"].shape[0], t["w_query"].shape[2], t["source_input"].shape[1]
     stand_in = {"query": np.zeros((b_, h_, n_q, d_k)), "key": np.zeros((b_, h_, n_k, d_k))}
     o = Options(stand_in, p, c, b_, h_, h_, n_q, n_k)
-    s = number(p["scale"]) if p.get("scale") is not None else 1 / mp.sqrt(d_k)
     gates = [number(g) for g in t["head_gates"]] if "head_gates" in t else [mpf(1)] * h_
 
     @cache
@@ -67,64 +77,73 @@ def evaluator(t: Mapping[str, Array], p: Mapping[str, Any], c: Mapping[str, Any]
         return np.dot(np.array(part(b, h).f.O, dtype=object), W.n) * mp.ldexp(1, W.e)
 
     @cache
-    def d_head(b: int, h: int) -> Matrix:
-        dO = matmul(load(t["d_output"][b]), flip(load(t["w_output"][h])))
-        return Matrix(dO.n * gates[h], dO.e)
-
-    @cache
     def d_parts(b: int, h: int) -> tuple[Array, Array, Array]:
-        x = part(b, h)
-        g: Gradients = gradients(o, x.f, d_head(b, h), x.V, None, b, h)
+        x, s = part(b, h), scale(o)
+        d = matmul(load(t["d_output"][b]), flip(load(t["w_output"][h])))
+        dO = Matrix(d.n * gates[h], d.e)
+        g: Gradients = gradients(o, x.f, dO, x.V, None, b, h)
         dX, kept = dense(g.d_scores, n_k), dense(x.f.kept, n_k)
         dQ = np.dot(dX, x.K.n) * (s * mp.ldexp(1, x.K.e))
         dK = np.dot(dX.T, x.Q.n) * (s * mp.ldexp(1, x.Q.e))
-        dO = d_head(b, h)
         return dQ, dK, np.dot(kept.T, dO.n) * mp.ldexp(1, dO.e)
 
-    def weight(name: str, h: int, row: int, column: int) -> Any:
-        k = ("d_w_query", "d_w_key", "d_w_value").index(name)
-        terms = []
-        for b in range(b_):
-            source = part(b, h).X if k == 0 else part(b, h).Y
-            inner = np.dot(source.n[:, row], d_parts(b, h)[k][:, column])
-            terms.append(inner * mp.ldexp(1, source.e))
-        return total(terms)
+    return Views(t, gates, part, projected, d_parts)
 
-    def back_through(name: str, h: int, d: Array, row: int, column: int) -> Any:
-        W = load(t[name][h])
-        return np.dot(d[row], W.n[column]) * mp.ldexp(1, W.e)
+
+def d_weight(v: Views, k: int, h: int, row: int, column: int) -> Any:
+    """Return an element of Xᵀ dQ, Yᵀ dK or Yᵀ dV, added over items."""
+    terms = []
+    for b in range(len(v.t["query_input"])):
+        source = v.part(b, h).X if k == 0 else v.part(b, h).Y
+        terms.append(np.dot(source.n[:, row], v.d_parts(b, h)[k][:, column]))
+        terms[-1] *= mp.ldexp(1, source.e)
+    return total(terms)
+
+
+def d_input(v: Views, names: dict[str, int], b: int, row: int, column: int) -> Any:
+    """Return an element of Σ_h dQ W_qᵀ, or of Σ_h (dK W_kᵀ + dV W_vᵀ)."""
+    terms = []
+    for h in range(len(v.gates)):
+        for name, k in names.items():
+            W = load(v.t[name][h])
+            terms.append(np.dot(v.d_parts(b, h)[k][row], W.n[column]) * mp.ldexp(1, W.e))
+    return total(terms)
+
+
+def d_projection(v: Views, h: int, feature: int, column: int) -> Any:
+    """Return an element of g_h O_hᵀ dY, added over items."""
+    terms = []
+    for b, dY in enumerate(v.t["d_output"]):
+        O = v.part(b, h).f.O
+        terms += [O[i][feature] * number(dY[i, column]) for i in range(len(O))]
+    return v.gates[h] * total(terms)
+
+
+def d_gate(v: Views, h: int) -> Any:
+    """Return Σ dY·(O_h W_h)."""
+    terms = []
+    for b, dY in enumerate(v.t["d_output"]):
+        flat = zip(v.projected(b, h).reshape(-1), dY.reshape(-1), strict=True)
+        terms += [x * number(y) for x, y in flat]
+    return total(terms)
+
+
+def evaluator(t: Mapping[str, Array], p: Mapping[str, Any], c: Mapping[str, Any]) -> Any:
+    """Return a function from output name and index to its value at the present precision."""
+    v = views(t, p, c)
 
     def value(name: str, index: tuple[int, ...]) -> Any:
         if name == "output":
             b, i, e = index
-            return total([gates[h] * projected(b, h)[i, e] for h in range(h_)])
+            return total([g * v.projected(b, h)[i, e] for h, g in enumerate(v.gates)])
         if name == "d_query_input":
-            b, i, e = index
-            dQ = [d_parts(b, h)[0] for h in range(h_)]
-            return total([back_through("w_query", h, dQ[h], i, e) for h in range(h_)])
+            return d_input(v, {"w_query": 0}, *index)
         if name == "d_source_input":
-            b, j, e = index
-            terms = []
-            for h in range(h_):
-                _, dK, dV = d_parts(b, h)
-                terms.append(back_through("w_key", h, dK, j, e))
-                terms.append(back_through("w_value", h, dV, j, e))
-            return total(terms)
+            return d_input(v, {"w_key": 1, "w_value": 2}, *index)
         if name == "d_w_output":
-            h, v, e = index
-            terms = []
-            for b in range(b_):
-                dY = load(t["d_output"][b])
-                inner = total([part(b, h).f.O[i][v] * dY.n[i, e] for i in range(n_q)])
-                terms.append(inner * mp.ldexp(1, dY.e))
-            return gates[h] * total(terms)
+            return d_projection(v, *index)
         if name == "d_head_gates":
-            (h,) = index
-            terms = []
-            for b in range(b_):
-                dY = load(t["d_output"][b])
-                terms.append(total((projected(b, h) * dY.n).reshape(-1)) * mp.ldexp(1, dY.e))
-            return total(terms)
-        return weight(name, *index)
+            return d_gate(v, *index)
+        return d_weight(v, ("d_w_query", "d_w_key", "d_w_value").index(name), *index)
 
     return value
