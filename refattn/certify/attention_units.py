@@ -211,7 +211,11 @@ def attention_units(
             dO = _pick(exact_finite(inputs["d_output"]), b, h)
             if "d_logsumexp" in inputs:
                 d_lse = np.asarray(finite(inputs["d_logsumexp"]))[b, h]
-            _place(found, (b, h, g), backward(head, f, dO, d_lse), inputs, conventions)
+            gradients = backward(head, f, dO, d_lse)
+            if head.group > 1:  # a kernel may store each head's gradient before the group's sum
+                k, v = stored(gradients.key), stored(gradients.value)
+                gradients = gradients._replace(key=k, value=v)
+            _place(found, (b, h, g), gradients, inputs, conventions)
         observe(track, f, head, dO, d_lse)
         if "slopes" in inputs:
             n_q, n_k = head.factor.shape
@@ -231,7 +235,7 @@ def _shape(inputs: Tensors, first: str, last: str) -> tuple[int, ...]:
 def broadcast_terms(inputs: Tensors) -> float:
     """Return how many cells share one element of the bias."""
     cells = float(np.prod(inputs["query"].shape[:3])) * inputs["key"].shape[2]
-    return cells / max(1, inputs["bias"].size)
+    return cells / float(max(1, inputs["bias"].size))
 
 
 def _put(

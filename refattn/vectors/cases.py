@@ -5,7 +5,14 @@ from __future__ import annotations
 from itertools import cycle, pairwise, product
 
 from refattn.errors import RefattnError
-from refattn.vectors import cases_features, cases_masks, cases_other, cases_plain, cases_rope
+from refattn.vectors import (
+    cases_features,
+    cases_masks,
+    cases_other,
+    cases_plain,
+    cases_poison,
+    cases_rope,
+)
 from refattn.vectors.cases_plain import EDGES, HEAD_SIZES, WORDS
 from refattn.vectors.recipes import FAMILY_FLAGS, CaseRecipe, attention
 
@@ -69,7 +76,7 @@ def recipes(size: str) -> list[CaseRecipe]:
     """
     if size not in SIZES:
         raise RecipeError(f"size is {size!r}, but it must be one of {', '.join(SIZES)}")
-    rooms = (cases_plain, cases_masks, cases_features, cases_rope, cases_other)
+    rooms = (cases_plain, cases_masks, cases_poison, cases_features, cases_rope, cases_other)
     found = [recipe for room in rooms for recipe in room.core()]
     if size == "full":
         found += grid()

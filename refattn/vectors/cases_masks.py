@@ -1,4 +1,4 @@
-"""Cases of which query sees which key: causal, masks, bias, windows, lengths, poison."""
+"""Cases of which query sees which key: causal, masks, bias, windows, lengths."""
 
 from __future__ import annotations
 
@@ -129,6 +129,7 @@ def masks() -> list[CaseRecipe]:
         "sparse": (9, 33, {"eighths": 0}, {}),
         "left-padding": (7, 13, {"key_ranges": [[4, 13]]}, {}),
         "right-padding": (7, 13, {"key_ranges": [[0, 6]]}, {}),
+        "first-tiles-barred": (5, 150, {"key_ranges": [[131, 150]]}, {}),
     }
     for name, (n_q, n_k, options, parameters) in sized.items():
         offset = {"alignment": "bottom_right"} if name == "causal-offset" else {}
@@ -279,93 +280,7 @@ def variable_lengths() -> list[CaseRecipe]:
     return found
 
 
-def poison() -> list[CaseRecipe]:
-    """Return cells that must not be read filled with what would be noticed."""
-    found = []
-    tail = [list(range(9, 13)), list(range(5, 13))]
-    for name, values, backward in (
-        ("nan", ["nan"], True),
-        ("infinities", ["inf", "-inf", "nan"], True),
-        ("huge", ["huge"], False),
-        ("mixed", ["huge", "nan", "-inf"], False),
-    ):
-        stale = {"poison_rows": tail, "poison": values}
-        found.append(
-            attention(
-                f"attention-poison-tail-{name}",
-                f"Keys and values beyond each item's length hold {', '.join(values)}.",
-                b=2,
-                n_q=7,
-                n_k=13,
-                h=2,
-                d=8,
-                inputs={"key_lengths": lengths([9, 5])},
-                options={"key": stale, "value": stale},
-                backward=backward,
-                clauses=["OWN-POISON1"],
-                flags=["Poison"],
-            )
-        )
-    hole = {"poison_rows": [[0, 1, 2, 3]], "poison": ["nan", "inf"]}
-    ahead = {"poison_rows": [list(range(7, 13))], "poison": ["nan", "huge"]}
-    ways: Mapping[str, tuple[dict[str, Any], dict[str, Any], dict[str, Draw]]] = {
-        "left-padding": (
-            hole,
-            {},
-            {"mask": Draw("mask", (1, 1, 7, 13), {"key_ranges": [[4, 13]]})},
-        ),
-        "causal": (ahead, {"causal": True}, {}),
-        "window": (ahead, {"window": [3, 0]}, {}),
-    }
-    for name, (stale, parameters, inputs) in ways.items():
-        found.append(
-            attention(
-                f"attention-poison-{name}",
-                f"Poison in keys that no query may see: {name.replace('-', ' ')}.",
-                n_q=7,
-                n_k=13,
-                d=8,
-                inputs=inputs,
-                parameters=parameters,
-                options={"key": stale, "value": stale},
-                backward=True,
-                clauses=["OWN-POISON1"],
-                flags=["Poison"],
-            )
-        )
-    return found + added_poison()
-
-
-def added_poison() -> list[CaseRecipe]:
-    """Return the same poison where minus infinity is added: what IEEE arithmetic lets through."""
-    found = []
-    ways: Mapping[str, tuple[tuple[str, ...], list[str], str]] = {
-        "huge": (("key", "value"), ["huge"], "nothing passes"),
-        "nan-value": (("value",), ["nan", "huge"], "NaN passes in its own columns"),
-        "nan-key": (("key",), ["nan"], "NaN passes to every row of its item"),
-    }
-    for name, (tensors, values, what) in ways.items():
-        stale = {"poison_rows": [[], [6, 7, 8]], "poison": values}
-        found.append(
-            attention(
-                f"attention-poison-added-{name}",
-                f"Masking by adding minus infinity: {what}.",
-                b=2,
-                n_q=5,
-                n_k=9,
-                h=2,
-                d=8,
-                inputs={"key_lengths": lengths([9, 6])},
-                conventions={"masked": "add"},
-                options={t: stale for t in tensors},
-                clauses=["OWN-POISON1"],
-                flags=["Poison"],
-            )
-        )
-    return found
-
-
 def core() -> list[CaseRecipe]:
     """Return the core cases of this file."""
-    groups = (causal, empty_rows, masks, biases, windows, variable_lengths, poison)
+    groups = (causal, empty_rows, masks, biases, windows, variable_lengths)
     return [recipe for make in groups for recipe in make()]

@@ -76,7 +76,15 @@ def families() -> list[CaseRecipe]:
 
 def long_families() -> list[CaseRecipe]:
     """Return families over several tiles of keys, where running maxima and sums move."""
-    return [
+    flat = attention(
+        "attention-long-flat",
+        "4099 keys of nearly equal logits: a row sum in half precision stops growing.",
+        n_q=2,
+        n_k=4099,
+        kind="unit",
+        options={"query": {"shift": -1}},
+    )
+    found = [
         attention(
             f"attention-long-{kind}",
             f"Three queries over 301 keys: {WORDS[kind]}.",
@@ -87,6 +95,7 @@ def long_families() -> list[CaseRecipe]:
         )
         for kind in ("normal", "rising", "negative", "cancelling", "steep", "ties")
     ]
+    return [flat, *found]
 
 
 def one_key() -> list[CaseRecipe]:
