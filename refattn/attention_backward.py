@@ -109,7 +109,7 @@ def _check_cotangents(
 def _softmax_backward(
     problem: Problem, P: Array, dO: Array, d_logsumexp: Array | None
 ) -> tuple[Array, Array]:
-    """Return dS and D - dL; where P was a constant, a filled row, dS is zero."""
+    """Return dS and D - dL; where P was a constant, an empty row, dS is zero."""
     xp, options = problem.xp, problem.options
     dP = xp.matmul(dO, xp.matrix_transpose(problem.V))
     if options["masked"] == "select":
@@ -119,7 +119,7 @@ def _softmax_backward(
     if d_logsumexp is not None:
         D = D - widen(d_logsumexp)
     dS = P * (dP - D[..., None])
-    if options["empty_row"] == "uniform" and problem.sinks is None:
+    if options["empty_row"] != "nan" and problem.sinks is None:
         empty = ~xp.any(problem.allowed, axis=-1, keepdims=True)
         dS = xp.where(empty, xp.zeros_like(dS), dS)
     return dS, D

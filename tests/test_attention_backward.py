@@ -177,6 +177,17 @@ def test_gradients_never_read_a_forbidden_cell(poison):
         assert np.allclose(a, b, rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.clause("OWN-EMPTY1", "OWN-POISON1")
+def test_an_empty_row_has_no_gradient_even_where_masking_adds():
+    rng = np.random.default_rng(3)
+    query, key, value = (rng.normal(size=(1, 1, n, 3)) for n in (2, 5, 5))
+    value[..., 4, :] = math.nan
+    mask = np.asarray([[True] * 5, [False] * 5])
+    g = attention_backward(np.ones((1, 1, 2, 3)), query, key, value, mask=mask, masked="add")
+    assert np.isnan(g.d_query[0, 0, 0]).all()
+    assert not g.d_query[0, 0, 1].any()
+
+
 @pytest.mark.clause("OWN-GQA1", "OWN-BACKWARD1")
 def test_a_shared_head_receives_the_sum_over_its_group():
     arrays, cotangents, _ = _inputs(7)

@@ -293,6 +293,11 @@ def test_the_command_judges_and_writes_its_reports(
     assert "finding: FA1-S22" in capsys.readouterr().out
 
 
+def test_only_the_dtypes_asked_for_are_run() -> None:
+    found = run(load_subject("planted:correct"), [PLAIN], dtypes=["float32"])
+    assert [(result.dtype, result.status) for result in found] == [("float32", PASS)]
+
+
 def test_the_command_finds_nothing_in_a_right_subject(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["audit", "planted:correct", "--clause", "VAS-EQ1", "--flag", "Plain"]
     assert cli.main([*words, "--dtype", "float64", "--json", "-"]) == 0
@@ -304,6 +309,7 @@ def test_the_command_finds_nothing_in_a_right_subject(capsys: pytest.CaptureFixt
     [
         (["nowhere:f"], "module nowhere does not import"),
         (["planted:correct", "--clause", "FA1-ALG77"], "there is no clause FA1-ALG77"),
+        (["planted:correct", "--flag", "Wings"], "flag Wings is unknown; there are "),
         (["planted:correct", "--capability", "wings"], "capability wings is unknown"),
         (["planted:correct", "--convention", "alignment"], "must be of the form axis=choice"),
         (["planted:correct", "--report", "r.pdf"], "its name must end in .md or .html"),

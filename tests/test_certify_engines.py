@@ -89,6 +89,19 @@ def test_engines_agree_on_where_nan_goes(masked, policy):
     recertify("attention", inputs, {}, conventions, done.outputs)
 
 
+@pytest.mark.parametrize("policy", ["zero", "nan", "uniform"])
+def test_engines_agree_on_where_nan_in_an_upstream_gradient_goes(policy):
+    inputs = attention_inputs(mask=MASK.copy(), sinks=draw(7, 4))
+    inputs["mask"][1, 0, 3] = False
+    inputs["d_output"][1, 2, 3, 0] = inputs["d_output"][0, 1, 2, 1] = np.nan
+    for dropped in ((), ("sinks",)):
+        given = {name: x for name, x in inputs.items() if name not in dropped}
+        done = certify("attention", given, {}, {"empty_row": policy})
+        assert np.isfinite(done.outputs["output"][0]).all()
+        assert np.isnan(done.outputs["d_value"]).any()
+        recertify("attention", given, {}, {"empty_row": policy}, done.outputs)
+
+
 @pytest.mark.clause("OWN-POISON1")
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 def test_what_a_masked_cell_holds_is_never_read(bad):
@@ -198,6 +211,16 @@ CASES = {
         },
         {},
     ),
+    **{
+        f"rope_yarn_clamped_{length}": (
+            "rope",
+            ROPE,
+            {"base": 10.0, "variant": {"kind": "yarn", "factor": 4.0, "original_length": length}},
+            {},
+        )
+        # the ramp ends at the last feature, or would end before it starts
+        for length in (400, 10**6)
+    },
     "decay": ("rope_decay", {"distances": np.array([0, 1, 100])}, {"d": 16, "base": 10000.0}, {}),
     **{
         f"alibi_{heads}_{rule}": (

@@ -3,9 +3,11 @@ import math
 import flint
 import numpy as np
 import pytest
+from flint import arb, arb_mat, fmpq
 
 from refattn.certify import Ambiguous, certify
 from refattn.certify.engine import solve
+from refattn.certify.exact import Mixed, grid, times
 from refattn.certify.flint_attention import prepare
 
 pytestmark = pytest.mark.clause("OWN-EXACT1")
@@ -137,6 +139,25 @@ def test_a_bias_broadcast_over_the_keys_has_no_gradient():
     out, record = proven(x, x[:, :, ::-1], x, bias=x[0, 0, :, :1], d_output=x)
     assert out["d_bias"].tolist() == [[0.0]] * 5
     assert record["precision_bits"] == 128
+
+
+def test_the_slope_of_the_cap_is_one_at_zero():
+    inputs = (tensor([0.0, 0.0, 0.0, 0.0]), tensor([1.0, 3.0, 5.0, 7.0]), tensor([1.0]))
+    zero, one = tensor([0.0]), np.ones((1, 1, 1))
+    out, record = proven(*inputs, {"softcap": 2.0}, d_output=zero, d_logsumexp=one)
+    assert out["d_query"].reshape(-1).tolist() == [0.5, 1.5, 2.5, 3.5]
+    assert record["exact_elements"] == record["elements"]
+
+
+def test_a_product_is_exact_where_open_elements_meet_equal_numbers():
+    third = arb(1) / 3
+    a = Mixed(arb_mat([[third, 1 - third, 4]]), [[0, 1]], {(0, 2): fmpq(4)}, [fmpq(5)])
+    b = grid(np.array([[2.0, 0.0, 1.0], [2.0, 0.0, 2.0], [0.5, 0.5, 3.0]]))
+    two, zero, unlike = times(a, b)[0]
+    assert two == fmpq(2 + 2) and zero == fmpq(2)
+    assert isinstance(unlike, arb)
+    unknown = times(a._replace(total=[None]), b)[0]
+    assert isinstance(unknown[0], arb) and unknown[1] == fmpq(2)
 
 
 def test_gradients_that_underflow_are_positive_zero():

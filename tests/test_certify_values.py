@@ -6,7 +6,7 @@ import pytest
 from refattn.certify import CertifyError, certify
 from refattn.certify.engine import solve
 from refattn.certify.flint_attention import prepare
-from refattn.certify.philox import philox
+from refattn.certify.philox import philox, words
 
 SIGMOID_1 = 0.7310585786300049  # 0.731058578630004879…
 SIGMOID_SLOPE_1 = 0.19661193324148185  # σ(1)σ(-1) = 0.196611933241481852…
@@ -221,10 +221,17 @@ def test_traffic_of_two_rows_is_counted_line_by_line():
     ],
 )
 def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
-    def words(text):
+    def parsed(text):
         return tuple(int(word, 16) for word in text.split())
 
-    assert philox(words(counter), words(key)) == words(expected)
+    assert philox(parsed(counter), parsed(key)) == parsed(expected)
+
+
+@pytest.mark.clause("OWN-DROPOUT2")
+def test_the_block_number_fills_the_counter_from_its_lowest_word():
+    for word in range(4):
+        counter = tuple(int(k == word) for k in range(4))
+        assert words(5 + (7 << 32), 1 << (32 * word), 4) == list(philox(counter, (5, 7)))
 
 
 @pytest.mark.clause("OWN-DROPOUT2")

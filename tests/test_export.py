@@ -134,6 +134,8 @@ def test_list_filters_by_clause_flag_and_op_and_speaks_json():
         (("list", "--op", "rope", "--flag", "Poison"), "fits all that was asked for"),
         (("export", "EMPTY", "--to", "csv"), "form is 'csv'"),
         (("generate", "EMPTY", "--size", "huge"), "size is 'huge'"),
+        (("generate", "/dev/null/x"), "/dev/null/x cannot be written"),
+        (("capture", "/dev/null/x"), "/dev/null/x is no folder"),
         (("verify", "EMPTY"), "pack.json cannot be read"),
         (("list", "--pack", "EMPTY"), "pack.json cannot be read"),
     ],

@@ -6,7 +6,7 @@ open, is not run, and says why; it never counts as passed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,13 +95,13 @@ class Capabilities:
 
     def __post_init__(self) -> None:
         """Refuse words that are not of the tables above."""
-        _known("capability", self.features, FEATURES)
-        _known("convention", self.conventions, CONVENTIONS)
-        _known("layout", [self.layout], LAYOUTS)
-        _known("dtype", self.dtypes, FLOATS)
-        _known("op", self.ops, OPS)
+        check_words("capability", self.features, FEATURES)
+        check_words("convention", self.conventions, CONVENTIONS)
+        check_words("layout", [self.layout], LAYOUTS)
+        check_words("dtype", self.dtypes, FLOATS)
+        check_words("op", self.ops, OPS)
         for axis, choice in self.conventions.items():
-            _known(axis, [choice], (*CONVENTIONS[axis], ANY))
+            check_words(axis, [choice], (*CONVENTIONS[axis], ANY))
 
 
 def refusal(case: Case, dtype: str, offered: Capabilities) -> str:
@@ -174,8 +174,12 @@ def _offset(case: Case, alignment: Any) -> Any:
     return position_offset("audit", n_q, n_k, alignment=alignment, **lengths)
 
 
-def _known(what: str, words: Any, table: Any) -> None:
-    """Refuse a word that is not in a table."""
+def check_words(what: str, words: Iterable[str], table: Collection[str]) -> None:
+    """Refuse a word that is not in a table.
+
+    Raises:
+        RefattnError: names the word and the table.
+    """
     for word in words:
         if word not in table:
             raise RefattnError(f"{what} {word} is unknown; there are {', '.join(table)}")

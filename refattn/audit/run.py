@@ -101,12 +101,15 @@ def select(
     return found
 
 
-def run(subject: Subject, cases: Sequence[Case], *, profile: str = "") -> Iterator[Result]:
+def run(
+    subject: Subject, cases: Sequence[Case], *, dtypes: Sequence[str] = (), profile: str = ""
+) -> Iterator[Result]:
     """Yield the result of every case in every dtype that it is exact in.
 
     Args:
         subject: the implementation.
         cases: the selection.
+        dtypes: only these; all if empty.
         profile: the precision that the subject declares; that of each dtype if empty.
 
     Raises:
@@ -115,7 +118,7 @@ def run(subject: Subject, cases: Sequence[Case], *, profile: str = "") -> Iterat
     if profile and profile not in PROFILES:
         raise RefattnError(f"profile is {profile}, but it must be one of {', '.join(PROFILES)}")
     for case in cases:
-        for dtype in FLOATS:
+        for dtype in dtypes or FLOATS:
             if dtype in case.dtypes:
                 yield run_case(subject, case, dtype, profile or profile_of(dtype))
 

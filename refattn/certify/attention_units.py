@@ -234,8 +234,8 @@ def _shape(inputs: Tensors, first: str, last: str) -> tuple[int, ...]:
 
 def broadcast_terms(inputs: Tensors) -> float:
     """Return how many cells share one element of the bias."""
-    cells = float(np.prod(inputs["query"].shape[:3])) * inputs["key"].shape[2]
-    return cells / float(max(1, inputs["bias"].size))
+    cells = np.prod(inputs["query"].shape[:3]) * inputs["key"].shape[2]
+    return float(cells / max(1, inputs["bias"].size))
 
 
 def _put(

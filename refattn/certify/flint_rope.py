@@ -96,18 +96,20 @@ def _yarn(v: Mapping[str, Any], base: fmpq, d: int) -> Tables:
         high = high + rational(0.001)
     frequencies: list[Value] = []
     for i, theta in enumerate(powers(base, d // 2, d)):
-        if not less(low, fmpq(i)):
-            ramp: Value = ZERO
-        elif not less(fmpq(i), high):
+        # high may lie below low, where the base is small or the original length large
+        ramp = _ratio(add(fmpq(i), multiply(low, fmpq(-1))), add(high, multiply(low, fmpq(-1))))
+        if less(ramp, ZERO):
+            ramp = ZERO
+        elif less(fmpq(1), ramp):
             ramp = fmpq(1)
-        else:
-            ramp = _ratio(add(fmpq(i), multiply(low, fmpq(-1))), add(high, multiply(low, fmpq(-1))))
         mix = add(multiply(ramp, 1 / factor - 1), fmpq(1))
         frequencies.append(multiply(theta, mix))
     return Tables(frequencies, _yarn_attention(v, factor))
 
 
 def _ratio(a: Value, b: Value) -> Value:
+    if isinstance(a, fmpq) and a == 0:
+        return ZERO
     if isinstance(a, fmpq) and isinstance(b, fmpq):
         return a / b
     return enclosed(a) / enclosed(b)

@@ -99,7 +99,7 @@ def reach(inputs: Mapping[str, Array], s: Setting) -> Reach:
         (bad | by_policy)[..., None] | through_value,
         bad,
         np.concatenate([dS, dS_row[..., None]], axis=-1),
-        dS_row,
+        np.asarray(dS.any(axis=-1)),
         dS.any(axis=2),
         d_value,
     )

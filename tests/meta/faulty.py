@@ -55,7 +55,7 @@ def _offsets(case, inputs, fault):
 
 
 def _relative(case, inputs, fault):
-    """j - p_i as (b, 1, n_q, n_k)."""
+    """Return j - p_i as (b, 1, n_q, n_k)."""
     n_q, n_k = inputs["query"].shape[2], inputs["key"].shape[2]
     i = np.arange(n_q)[:, None]
     if fault == "q_index_local":
@@ -149,7 +149,7 @@ def _to_heads(array, h, conventions, fault):
 
 
 def _logits(case, inputs, fault):
-    """S, X (before the softcap's last tanh) and what was added, in the working dtype."""
+    """Return S and what the softcap acted on, in the working dtype."""
     q, parameters, conventions = inputs["query"], case.parameters, case.conventions
     k, _ = _to_heads(inputs["key"], q.shape[1], conventions, fault)
     d_v = inputs["value"].shape[-1]
@@ -179,15 +179,15 @@ def _logits(case, inputs, fault):
         added = added + inputs["mask"]
     cap = parameters.get("softcap")
     if cap is None or fault == "softcap_ignored":
-        return X + added, X, added
+        return X + added, X
     before = conventions.get("softcap_order", "before_bias") == "before_bias"
     if fault == "softcap_after_bias":
         before = not before
     front = X if fault == "softcap_formula" else cap
     if before:
-        return (front * np.tanh(X / cap)).astype(q.dtype) + added, X, added
+        return (front * np.tanh(X / cap)).astype(q.dtype) + added, X
     X = X + added
-    return ((X if fault == "softcap_formula" else cap) * np.tanh(X / cap)).astype(q.dtype), X, added
+    return ((X if fault == "softcap_formula" else cap) * np.tanh(X / cap)).astype(q.dtype), X
 
 
 def _truncate(array):
@@ -314,7 +314,7 @@ def run(case, fault=None, dtype=np.float32):
     h = inputs["query"].shape[1]
     V, owner = _to_heads(inputs["value"], h, case.conventions, fault)
     allowed = _allowed(case, inputs, fault)
-    S, X, added = _logits(case, inputs, fault)
+    S, X = _logits(case, inputs, fault)
     P, L = _weights(case, inputs, S, allowed, fault)
     if case.conventions.get("masked") == "add":  # -∞ does not silence a NaN in its cell
         lost = np.isnan(S).any(axis=-1)

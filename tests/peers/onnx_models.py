@@ -14,13 +14,21 @@ reference = require("onnx.reference")
 node_cases = require("onnx.backend.test.case.node")
 
 
-def attention_model(inputs: Arrays, *, opset: int, outputs: int = 1, **attributes: Any) -> Any:
-    """Return a model of one Attention node on the given inputs, by their schema names."""
+def attention_model(inputs: Arrays, *, opset: int, stage: bool = False, **attributes: Any) -> Any:
+    """Return a model of one Attention node on the given inputs, by their schema names.
+
+    Its outputs are Y, with a past the present, and with `stage` the qk_matmul_output.
+    """
     named = [name if name in inputs else "" for name in INPUTS["Attention"]]
     while not named[-1]:
         named.pop()
-    asked = OUTPUTS["Attention"][:outputs]
-    node = onnx.helper.make_node("Attention", named, asked, **attributes)
+    asked = [
+        name
+        for name in OUTPUTS["Attention"]
+        if name == "Y" or (stage if name == "qk_matmul_output" else "past_key" in inputs)
+    ]
+    places = [name if name in asked else "" for name in OUTPUTS["Attention"]]
+    node = onnx.helper.make_node("Attention", named, places, **attributes)
     info, types = onnx.helper.make_tensor_value_info, onnx.helper.np_dtype_to_tensor_dtype
     graph = onnx.helper.make_graph(
         [node],
