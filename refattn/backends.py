@@ -7,7 +7,7 @@ how its functions are called.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -21,7 +21,10 @@ Arrays: TypeAlias = dict[str, np.ndarray[Any, Any]]
 Options: TypeAlias = Mapping[str, Any]
 """Parameters or conventions of a case."""
 
-BACKENDS = ("numpy", "numba", "numba-cuda", "cupy")
+Op: TypeAlias = Callable[[Arrays, dict[str, Any], str], dict[str, Any]]
+"""How an operation is called: inputs in their dtype, options by name, the dtype's name."""
+
+BACKENDS = ("numpy", "numpy-tiled", "numba", "numba-cuda", "cupy")
 """Every backend, whether it loads here or not."""
 
 ABSENT = {
@@ -46,8 +49,20 @@ OPS = (
 )
 """Every operation that a case can ask for."""
 
-CLAIMS: dict[str, tuple[str, ...]] = {"numpy": OPS}
+CLAIMS: dict[str, tuple[str, ...]] = {"numpy": OPS, "numpy-tiled": ("attention",)}
 """Operations that each backend of this release claims."""
+
+TILED_TEXT = frozenset({"FA1-S31", "FA1-ALG1", "FA1-ALG2", "FA1-ALG4", "FA1-THM1"})
+"""Clauses that say how attention goes tile by tile; a matrix text does not state them."""
+
+MATRIX_TEXT = frozenset({"FA1-S22", "FA1-ALG0", "FA1-ALG3"})
+"""Clauses that say how attention goes by whole matrices; a tiled text does not state them."""
+
+UNSTATED = {("numpy", "attention"): TILED_TEXT, ("numpy-tiled", "attention"): MATRIX_TEXT}
+"""Clauses whose vectors a backend may run, but of which its run proves nothing."""
+
+TILE = {"block_rows": 13, "block_cols": 17}
+"""Tile sizes of numpy-tiled: primes, so that tiles end off the edges of most lengths."""
 
 
 class BackendAbsent(RefattnError):  # noqa: N818 - a state of this machine
@@ -76,40 +91,46 @@ def load(name: str) -> Backend:
         raise BackendAbsent(f"there is no backend {name}; there are {', '.join(BACKENDS)}")
     if name in ABSENT:
         raise BackendAbsent(f"backend {name} is absent: {ABSENT[name]}")
-    return Backend("numpy", FLOATS, run_numpy)
+    ops = _OPS[name]
+
+    def run(
+        op: str, inputs: Mapping[str, Any], parameters: Options, conventions: Options, dtype: str
+    ) -> Arrays:
+        return _run(name, ops, op, inputs, {**parameters, **conventions}, dtype)
+
+    return Backend(name, FLOATS, run)
 
 
-def claiming(ops: set[str]) -> tuple[str, ...]:
-    """Return the backends that claim every one of the given operations; none for none."""
-    return tuple(name for name in BACKENDS if ops and ops <= set(CLAIMS.get(name, ())))
+def stated(name: str, op: str, clauses: Iterable[str]) -> tuple[str, ...]:
+    """Return the clauses among those of a vector that a backend's run of it proves."""
+    if op not in CLAIMS.get(name, ()):
+        return ()
+    return tuple(id_ for id_ in clauses if id_ not in UNSTATED.get((name, op), ()))
 
 
-def run_numpy(
-    op: str, inputs: Mapping[str, Any], parameters: Options, conventions: Options, dtype: str
+def claiming(clause: str, ops: Iterable[str]) -> tuple[str, ...]:
+    """Return the backends whose run of one of these operations proves something of a clause."""
+    wanted = tuple(ops)
+    return tuple(name for name in BACKENDS if any(stated(name, op, (clause,)) for op in wanted))
+
+
+def _run(
+    name: str,
+    ops: Mapping[str, Op],
+    op: str,
+    inputs: Mapping[str, Any],
+    options: dict[str, Any],
+    dtype: str,
 ) -> Arrays:
-    """Run an operation by the reference functions on NumPy arrays.
-
-    Args:
-        op: one of `OPS`.
-        inputs: tensors by name; floating ones are cast to dtype.
-        parameters: numbers of the case.
-        conventions: choices of the case.
-        dtype: one of `refattn.arrays.FLOATS`.
-
-    Returns:
-        outputs: tensors by name.
-
-    Raises:
-        Unsupported: the operation or the dtype is not claimed.
-    """
-    if op not in _NUMPY:
-        raise Unsupported(f"op is {op}, but backend numpy claims {', '.join(_NUMPY)}")
+    """Run an operation by reference functions on NumPy arrays; floating inputs are cast."""
+    if op not in ops:
+        raise Unsupported(f"op is {op}, but backend {name} claims {', '.join(ops)}")
     if dtype not in FLOATS:
-        raise Unsupported(f"dtype is {dtype}, but backend numpy claims {', '.join(FLOATS)}")
-    cast = {name: cast_floats(np.asarray(array), dtype) for name, array in inputs.items()}
+        raise Unsupported(f"dtype is {dtype}, but backend {name} claims {', '.join(FLOATS)}")
+    cast = {key: cast_floats(np.asarray(array), dtype) for key, array in inputs.items()}
     with np.errstate(all="ignore"):
-        outputs = _NUMPY[op](cast, {**parameters, **conventions}, dtype)
-    return {name: np.asarray(array) for name, array in outputs.items() if array is not None}
+        outputs = ops[op](cast, options, dtype)
+    return {key: np.asarray(array) for key, array in outputs.items() if array is not None}
 
 
 def cast_floats(array: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
@@ -194,17 +215,63 @@ def _keep_mask(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str,
     return {"keep": _call("dropout.keep_mask", options.pop("shape"), **options)[""]}
 
 
-_NUMPY: dict[str, Callable[[Arrays, dict[str, Any], str], dict[str, Any]]] = {
-    "attention": _attention,
-    "multihead": _multihead,
-    "head_importance": _head_importance,
-    "rope": _rope,
-    "alibi": _alibi,
-    "tiles": _tiles,
-    "merge": _merge,
-    "score": _score,
-    "rope_decay": _rope_decay,
-    "traffic": _traffic,
-    "keep_mask": _keep_mask,
+TILED_INPUTS = {"query", "key", "value", "mask", "keep", "d_output"}
+"""Inputs of attention that the tiled listings know."""
+
+TILED_OPTIONS = {"scale", "causal", "alignment", "keep_probability"}
+"""Options of attention that the tiled listings know; any other must be at its default."""
+
+
+def _tiled_attention(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    _refuse_beyond_listings(inputs, options)
+    known = {key: value for key, value in options.items() if key in TILED_OPTIONS} | TILE
+    operands, rest = _split(inputs, "query", "key", "value")
+    cotangent, masks = _split(rest, "d_output")
+    forward = _call("flash.flash_attention_forward", **operands, **masks, **known)
+    outputs = {name: forward[name] for name in ("output", "logsumexp")}
+    if cotangent:
+        saved = {name: forward[name] for name in ("output", "row_max", "row_sum")}
+        backward = "flash_backward.flash_attention_backward"
+        outputs |= _call(backward, **cotangent, **operands, **saved, **masks, **known)
+    return outputs
+
+
+def _refuse_beyond_listings(inputs: Arrays, options: dict[str, Any]) -> None:
+    """Refuse what Algorithms 2 and 4 do not have.
+
+    Raises:
+        Unsupported: an input or an option is beyond them.
+    """
+    from refattn.options import DEFAULTS
+
+    beyond = sorted(set(inputs) - TILED_INPUTS)
+    beyond += sorted(
+        name
+        for name, value in options.items()
+        if name not in TILED_OPTIONS and value is not None and value != DEFAULTS.get(name)
+    )
+    if isinstance(options.get("alignment"), list):
+        beyond.append("an alignment a batch item")
+    if inputs["query"].shape[:-2] != inputs["key"].shape[:-2]:
+        beyond.append("grouped heads")
+    if beyond:
+        raise Unsupported(f"the case has {', '.join(beyond)}, but the tiled listings do not")
+
+
+_OPS: dict[str, dict[str, Op]] = {
+    "numpy": {
+        "attention": _attention,
+        "multihead": _multihead,
+        "head_importance": _head_importance,
+        "rope": _rope,
+        "alibi": _alibi,
+        "tiles": _tiles,
+        "merge": _merge,
+        "score": _score,
+        "rope_decay": _rope_decay,
+        "traffic": _traffic,
+        "keep_mask": _keep_mask,
+    },
+    "numpy-tiled": {"attention": _tiled_attention},
 }
-"""How the reference functions are called for each operation."""
+"""How the functions of a backend are called for each operation."""

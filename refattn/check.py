@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from refattn.arrays import FLOATS
-from refattn.backends import BACKENDS, Backend, BackendAbsent, Unsupported, load
+from refattn.backends import BACKENDS, CLAIMS, Backend, BackendAbsent, Unsupported, load, stated
 from refattn.bounds import profile_of
 from refattn.checks import check_option
 from refattn.errors import RefattnError
@@ -33,7 +34,8 @@ class Result(NamedTuple):
     clauses: tuple[str, ...]
     backend: str
     dtype: str
-    ok: bool
+    verdict: str
+    """"ok", "failed" or "not run"."""
     ratio: float
     reason: str
 
@@ -43,6 +45,7 @@ class Cell(NamedTuple):
 
     passed: int
     failed: int
+    not_run: int
     ratio: float
 
 
@@ -89,6 +92,7 @@ def jobs(
         for case in cases
         if not clauses or set(clauses) & set(case.clauses)
         for backend in backends
+        if case.op in CLAIMS[backend.name]
         for dtype in FLOATS
         if dtype in case.dtypes and dtype in backend.dtypes and (not dtypes or dtype in dtypes)
     ]
@@ -101,17 +105,18 @@ def jobs(
 def run(job: Job) -> Result:
     """Run one job and judge it."""
     case, name, dtype = job
-    about = (case.id, case.clauses, name, dtype)
+    about = (case.id, stated(name, case.op, case.clauses), name, dtype)
     try:
         outputs = load(name).run(case.op, case.inputs, case.parameters, case.conventions, dtype)
         verdict = judge(case, outputs, profile_of(dtype))
     except Unsupported as error:
-        return Result(*about, False, float("inf"), f"claimed but not supported: {error}")
+        return Result(*about, "not run", 0.0, str(error))
     except Exception as error:
         message = " ".join(str(error).split())[:300]
-        return Result(*about, False, float("inf"), f"{type(error).__name__}: {message}")
+        return Result(*about, "failed", float("inf"), f"{type(error).__name__}: {message}")
     bad = next((output for output in verdict.outputs if not output.ok), None)
-    return Result(*about, verdict.ok, float(verdict.ratio), bad.reason if bad else "")
+    ended = "ok" if verdict.ok else "failed"
+    return Result(*about, ended, float(verdict.ratio), bad.reason if bad else "")
 
 
 def table(results: Iterable[Result]) -> dict[str, dict[tuple[str, str], Cell]]:
@@ -121,9 +126,12 @@ def table(results: Iterable[Result]) -> dict[str, dict[tuple[str, str], Cell]]:
         for id_ in result.clauses:
             row = found.setdefault(id_, {})
             place = (result.backend, result.dtype)
-            passed, failed, ratio = row.get(place, (0, 0, 0.0))
+            passed, failed, not_run, ratio = row.get(place, Cell(0, 0, 0, 0.0))
             row[place] = Cell(
-                passed + result.ok, failed + (not result.ok), max(ratio, result.ratio)
+                passed + (result.verdict == "ok"),
+                failed + (result.verdict == "failed"),
+                not_run + (result.verdict == "not run"),
+                max(ratio, result.ratio),
             )
     return found
 
@@ -134,19 +142,21 @@ def summary(
     """Return the whole check as plain data."""
     lacking = required(absent)
     cells = table(results)
+    ended = Counter(result.verdict for result in results)
     return {
         "refattn": version,
         "pack": root_hash,
-        "ok": all(result.ok for result in results) and not lacking,
-        "runs": len(results),
-        "failed": sum(not result.ok for result in results),
+        "ok": ended["ok"] > 0 and not ended["failed"] and not lacking,
+        "passed": ended["ok"],
+        "failed": ended["failed"],
+        "not_run": ended["not run"],
         "absent": absent,
         "required_but_absent": lacking,
         "clauses": {
             id_: {f"{b} {dtype}": cell._asdict() for (b, dtype), cell in row.items()}
             for id_, row in cells.items()
         },
-        "findings": [result._asdict() for result in results if not result.ok],
+        "findings": [result._asdict() for result in results if result.verdict == "failed"],
     }
 
 

@@ -114,7 +114,7 @@ def rows(root: Path | None = None, package: Path = PACKAGE) -> list[Row]:
             tuple(references.get(id_, ())),
             None if marks is None else tuple(marks.get(id_, ())),
             tuple(vectors.get(id_, ())),
-            backends.claiming(set(vectors.get(id_, {}).values())),
+            backends.claiming(id_, set(vectors.get(id_, {}).values())),
         )
         for id_, clause in load_clauses(root).items()
     ]

@@ -12,6 +12,7 @@ import numpy as np
 
 EVERYTHING = {
     "features": ["causal", "scale", "grouped_heads", "cross_lengths", "logsumexp", "backward"],
+    "conventions": {"masked": "add"},  # 0 · NaN is NaN
 }
 """What `correct` and its faulty kin declare."""
 

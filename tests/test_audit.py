@@ -15,11 +15,11 @@ import pytest
 from hand_cases import make_case
 from refattn import cli
 from refattn.audit import report
-from refattn.audit.capabilities import ANY, Capabilities, conventions, refusal
+from refattn.audit.capabilities import ANY, FEATURES, Capabilities, conventions, refusal
 from refattn.audit.run import FAIL, NOT_RUN, PASS, Result, by_clause, measured, run, select
 from refattn.audit.subject import declaration, from_callable, inferred, load_subject
 from refattn.errors import RefattnError
-from refattn.vectors.pack import Case
+from refattn.vectors.pack import Case, core_pack
 
 PLAIN = make_case()
 CAUSAL = make_case(name="causal", clauses=("VAS-S323b", "OWN-CAUSAL1"), causal=True)
@@ -291,6 +291,20 @@ def test_the_command_judges_and_writes_its_reports(
     assert found["counts"][FAIL] > 0
     assert "planted:missing_scale" in page.read_text("utf-8")
     assert "finding: FA1-S22" in capsys.readouterr().out
+
+
+def test_a_profile_without_bounds_is_not_met_by_a_wrong_output() -> None:
+    bounds = {"fp64": PLAIN.bounds["fp64"], "fp32": PLAIN.bounds["fp32"]}
+    case = replace(PLAIN, bounds=bounds, dtypes=("float64",))
+    (wrong,) = _audit("not_a_number", [case], capabilities=("cross_lengths",))
+    (right,) = _audit("correct", [case])
+    assert wrong.met == frozenset()
+    assert {"fp64", "fp32", "bf16"} <= right.met
+
+
+def test_every_word_that_a_vector_of_attention_requires_can_be_declared() -> None:
+    words = {w for case in core_pack().cases if case.op == "attention" for w in case.requires}
+    assert {"alibi", "lengths", "value_size"} <= words <= set(FEATURES)
 
 
 def test_only_the_dtypes_asked_for_are_run() -> None:

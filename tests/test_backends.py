@@ -159,13 +159,15 @@ def test_numpy_computes_in_the_dtype_that_is_asked_for() -> None:
 
 
 def test_an_absent_backend_says_why() -> None:
-    for name in set(BACKENDS) - {"numpy"}:
+    for name in set(BACKENDS) - set(CLAIMS):
         with pytest.raises(BackendAbsent, match=f"backend {name} is absent: not part of this"):
             load(name)
 
 
 def test_an_unknown_backend_is_told_the_names() -> None:
-    with pytest.raises(BackendAbsent, match="there is no backend torch; there are numpy, numba"):
+    with pytest.raises(
+        BackendAbsent, match="there is no backend torch; there are numpy, numpy-tiled"
+    ):
         load("torch")
 
 
@@ -177,7 +179,40 @@ def test_what_is_not_claimed_is_refused() -> None:
         run("merge", {}, {}, {}, "int8")
 
 
-def test_a_claim_covers_every_operation_or_none() -> None:
+def test_a_backend_is_credited_with_the_clauses_that_its_text_states() -> None:
     assert set(CLAIMS["numpy"]) == set(OPS) == set(CALLS)
-    assert claiming({"rope", "alibi"}) == ("numpy",)
-    assert claiming({"rope", "convolution"}) == claiming(set()) == ()
+    assert claiming("ROPE-EQ34", {"rope"}) == ("numpy",)
+    assert claiming("VAS-EQ1", {"attention"}) == ("numpy", "numpy-tiled")
+    assert claiming("FA1-ALG4", {"attention"}) == ("numpy-tiled",)
+    assert claiming("FA1-ALG1", {"attention", "tiles"}) == ("numpy", "numpy-tiled")
+    assert claiming("FA1-ALG3", {"attention"}) == ("numpy",)
+    assert claiming("VAS-EQ1", {"convolution"}) == claiming("VAS-EQ1", ()) == ()
+
+
+def test_the_tiled_backend_agrees_with_the_matrix_text_on_ragged_tiles() -> None:
+    inputs = {name: _drawn(1, 2, n, 5) for name, n in (("query", 29), ("key", 31), ("value", 31))}
+    inputs["d_output"] = _drawn(1, 2, 29, 5)
+    options = {"causal": True}, {"alignment": "bottom_right"}
+    whole = load("numpy").run("attention", inputs, *options, "float64")
+    tiled = load("numpy-tiled").run("attention", inputs, *options, "float64")
+    assert set(tiled) == {"output", "logsumexp", "d_query", "d_key", "d_value"}
+    for name, array in tiled.items():
+        assert np.allclose(array, whole[name], rtol=1e-12, atol=1e-13), name
+
+
+@pytest.mark.parametrize(
+    ("extra", "options", "beyond"),
+    [
+        ({"sinks": np.zeros(2)}, {}, "sinks"),
+        ({}, {"softcap": 2.0}, "softcap"),
+        ({}, {"empty_row": "nan"}, "empty_row"),
+        ({}, {"alignment": [1]}, "an alignment a batch item"),
+        ({"key": np.zeros((1, 1, 5, 3)), "value": np.zeros((1, 1, 5, 3))}, {}, "grouped heads"),
+    ],
+)
+def test_the_tiled_backend_refuses_what_the_listings_do_not_have(
+    extra: dict[str, np.ndarray], options: dict[str, object], beyond: str
+) -> None:
+    inputs = {name: np.zeros((1, 2, 5, 3)) for name in ("query", "key", "value")} | extra
+    with pytest.raises(Unsupported, match=f"the case has {beyond}, but the tiled listings do not"):
+        load("numpy-tiled").run("attention", inputs, options, {}, "float64")

@@ -59,18 +59,19 @@ def _print(data: dict[str, Any]) -> None:
               f"{finding['reason']}")  # fmt: skip
     if len(data["findings"]) > SHOWN:
         print(f"and {len(data['findings']) - SHOWN} more findings (--json has them all)")
-    passed = data["runs"] - data["failed"]
+    not_run = f", {data['not_run']} were not run" if data["not_run"] else ""
     print(
-        f"{passed} of {data['runs']} runs agree with the certified values "
+        f"{data['passed']} runs agree with the certified values, {data['failed']} do not{not_run} "
         f"(pack {data['pack'][:12]}): {'ok' if data['ok'] else 'FINDINGS'}"
     )
 
 
 def _cell(cell: dict[str, Any] | None) -> str:
-    """Return the words of one cell."""
+    """Return the words of one cell: verdict, worst ratio, vectors run (of those there are)."""
     if cell is None:
         return "–"
-    total = cell["passed"] + cell["failed"]
+    ran = cell["passed"] + cell["failed"]
+    total = f"{ran} of {ran + cell['not_run']}" if cell["not_run"] else str(ran)
     if cell["failed"]:
-        return f"FAIL {cell['ratio']:.3g} ({cell['failed']} of {total})"
-    return f"ok {cell['ratio']:.2f} ({total})"
+        return f"FAIL {cell['ratio']:.3g} ({cell['failed']} of {ran})"
+    return f"ok {cell['ratio']:.2f} ({total})" if ran else f"not run ({cell['not_run']})"

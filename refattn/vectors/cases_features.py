@@ -124,6 +124,20 @@ def alibi() -> list[CaseRecipe]:
     )
     found.append(
         attention(
+            "attention-alibi-decode",
+            "A linear bias on one query over 515 keys, causal: odd distances beyond 256 count.",
+            n_q=1,
+            n_k=515,
+            d=8,
+            inputs={"slopes": Draw("given", (1,), {"values": [0.0068359375]})},
+            parameters={"causal": True},
+            conventions={"alignment": "bottom_right"},
+            clauses=["OWN-CACHE1"],
+            flags=["Decode"],
+        )
+    )
+    found.append(
+        attention(
             "attention-alibi-items",
             "A linear bias with a query offset for each of three items.",
             b=3,

@@ -224,7 +224,7 @@ def windows() -> list[CaseRecipe]:
                         clauses=["OWN-EXACT1"] * exact,
                     )
                 )
-    for name, n_q, n_k in (("decode", 1, 97), ("long", 9, 130)):
+    for name, n_q, n_k in (("decode", 1, 97), ("decode-short", 1, 33), ("long", 9, 130)):
         found.append(
             attention(
                 f"attention-window-{name}",
