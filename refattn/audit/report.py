@@ -89,6 +89,13 @@ def precision(data: dict[str, Any]) -> str:
     )
 
 
+MEANING = (
+    "A verdict says that the results of a clause's vectors were right or wrong, not how they "
+    "were computed; what was not run proves nothing."
+)
+"""What a reader of the table must know."""
+
+
 def clause_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return the table of clauses as words."""
     return [
@@ -113,7 +120,7 @@ def findings(data: dict[str, Any]) -> list[str]:
 def as_markdown(data: dict[str, Any]) -> str:
     """Return the report as Markdown."""
     lines = [f"# Audit of {data['subject']['name']}", "", headline(data) + ".", "", precision(data)]
-    lines += ["", _provenance(data), "", "## Clauses", ""]
+    lines += ["", _provenance(data), "", "## Clauses", "", MEANING, ""]
     lines += [_bar(HEAD), _bar(["---"] * len(HEAD)), *map(_bar, clause_rows(data))]
     lines += ["", "## Findings", "", "The first failing element of each clause.", ""]
     lines += [f"- {finding}" for finding in findings(data)] or ["None."]
@@ -141,6 +148,7 @@ def as_html(data: dict[str, Any]) -> str:
         f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n"
         f"<p>{html.escape(headline(data))}.</p>\n<p>{html.escape(precision(data))}</p>\n"
         f"<p>{html.escape(_provenance(data))}</p>\n<h2>Clauses</h2>\n"
+        f"<p>{html.escape(MEANING)}</p>\n"
         f"<table><tr>{head}</tr>\n{rows}</table>\n<h2>Findings</h2>\n<ul>{found}</ul>\n"
         f"<h2>Not run</h2>\n<ul>{skipped or '<li>Nothing.</li>'}</ul>\n</body></html>\n"
     )
