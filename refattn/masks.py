@@ -174,7 +174,7 @@ def allowed_pairs(
 
     Spec: OWN-MASK1, OWN-BIAS1, OWN-LENGTH1, OWN-WINDOW1, VAS-S323b.
 
-        allowed = mask ∧ (bias > -∞) ∧ causal ∧ window ∧ (j < key length) ∧ (i < query length)
+        allowed = mask ∧ (bias ≠ -∞) ∧ causal ∧ window ∧ (j < key length) ∧ (i < query length)
 
     Args:
         n_q: number of query rows.
