@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,35 +14,26 @@ from refattn import check, cli, coverage, spec_text
 from refattn.backends import BACKENDS, CLAIMS
 from refattn.cli.out import aligned, plain
 
-HELP_LIMIT = 0.5
-"""Seconds in which the overview must be on the screen."""
-
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "refattn.cli", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_overview_names_every_command_in_half_a_second() -> None:
-    fastest = float("inf")
-    for _ in range(5):  # the fastest of five: other processes of the machine are not meant
-        start = time.perf_counter()
-        shown = _run("--help")
-        fastest = min(fastest, time.perf_counter() - start)
+def test_the_overview_names_every_command() -> None:
+    shown = _run("--help")
     assert shown.returncode == 0
     assert all(name in shown.stdout for name in cli.ROOMS)
-    assert fastest < HELP_LIMIT
 
 
-def test_the_overview_imports_neither_the_rooms_nor_heavy_libraries() -> None:
-    ask = (
-        "import sys; from refattn.cli import main; main(['--version']); "
-        "print(*(set(sys.modules) & {'scipy', 'jsonschema', 'refattn.check', 'refattn.cli.audit'}))"
+@pytest.mark.parametrize("words", [["--version"], ["--help"]])
+def test_the_overview_imports_neither_the_rooms_nor_heavy_libraries(words: list[str]) -> None:
+    heavy = (
+        "{'scipy', 'jsonschema', 'flint', 'torch', 'onnx', 'refattn.check', 'refattn.cli.audit'}"
     )
+    ask = f"import sys; from refattn.cli import main; main({words}); print(set(sys.modules) & {heavy})"
     shown = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
-    version, loaded = shown.stdout.splitlines()
-    assert version.startswith("refattn ")
-    assert loaded == ""
+    assert shown.stdout.splitlines()[-1] == "set()"
 
 
 def test_without_words_the_overview_is_shown() -> None:
