@@ -14,7 +14,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from refattn.arrays import Array, array_namespace, narrow, widen
-from refattn.checks import OptionError, ShapeError, check_floats, check_option, check_shapes
+from refattn.checks import (
+    ShapeError,
+    check_counts,
+    check_floats,
+    check_memory,
+    check_option,
+    check_shapes,
+)
 from refattn.masks import position_offset, relative_positions
 
 Alignment: TypeAlias = str | int | Sequence[int]
@@ -82,13 +89,10 @@ def alibi_slopes(heads: int, *, slope_rule: str = "authors", xp: Any = np) -> Ar
         m (heads,), float64, in logit units a token.
 
     Raises:
-        OptionError: heads is no whole number from one, or slope_rule has no such name.
+        OptionError: heads is no integer of at least 1, or slope_rule has no such name.
     """
     check_option("alibi_slopes", "slope_rule", slope_rule, SLOPE_RULES)
-    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
-        raise OptionError(
-            f"heads is {heads!r}, but it must be a whole number from 1 [alibi_slopes]"
-        )
+    (heads,) = check_counts("alibi_slopes", heads=heads)
     slopes = [_power_of_half(exponent) for exponent in _exponents(heads, slope_rule)]
     return xp.asarray(slopes, dtype=xp.float64)
 
@@ -129,7 +133,7 @@ def alibi_bias(
 ) -> Array:
     """Return the bias that is added to the logits after they are scaled.
 
-    Spec: ALIBI-S3a, ALIBI-FN10, OWN-ALIBI1.
+    Spec: ALIBI-S3a, ALIBI-FN10, OWN-ALIBI1, OWN-MEMORY1.
 
         B_hij = m_h · D_ij;   absolute: D_ij = -|p_i - j|,  p_i = i + offset
 
@@ -147,16 +151,19 @@ def alibi_bias(
     Raises:
         ShapeError: slopes is not a vector.
         DtypeError: slopes is not floating.
-        OptionError: a negative length, or an alignment or distance that has no such name.
+        OptionError: a length is no integer of at least 0, or an alignment or distance that has no
+            such name.
+        MemoryLimitError: the distances and the bias do not fit into the free memory.
     """
     check_shapes("alibi_bias", slopes=(slopes, "h"))
     check_floats("alibi_bias", slopes=slopes)
     check_option("alibi_bias", "distance", distance, DISTANCES)
-    for name, size in (("n_q", n_q), ("n_k", n_k)):
-        if size < 0:
-            raise OptionError(f"{name} is {size}, but it must be at least 0 [alibi_bias]")
+    n_q, n_k = check_counts("alibi_bias", least=0, n_q=n_q, n_k=n_k)
     xp = array_namespace(slopes)
     offset = position_offset("alibi_bias", n_q, n_k, alignment=alignment, xp=xp)
+    items = [] if isinstance(offset, int) else offset.shape[:1]
+    shape = (*items, slopes.shape[0], n_q, n_k)
+    check_memory("alibi_bias", shape, itemsize=8, arrays=2)
     m = widen(slopes)
     D = xp.astype(distances(n_q, n_k, offset=offset, distance=distance, xp=xp), m.dtype)
     return narrow(m[:, None, None] * D, slopes)

@@ -8,10 +8,11 @@ import numpy as np
 
 from refattn.alibi import distances
 from refattn.arrays import Array, array_namespace, narrow, widen
-from refattn.checks import check_finite, check_floats, check_shapes
+from refattn.checks import given
 from refattn.dropout import drop_weights
-from refattn.options import AttentionOptions, Problem, default_scale, resolve
+from refattn.options import AttentionOptions, Problem, check_matrices, resolve
 from refattn.softmax import SoftmaxRows, softmax_rows
+from refattn.tiles import check_operands, default_scale, product_over_allowed
 
 
 class AttentionResult(NamedTuple):
@@ -27,7 +28,7 @@ def scaled_dot_product_attention(
 ) -> Array:
     """Return the weighted sum of the values, the equation alone.
 
-    Spec: VAS-EQ1, OWN-SCALE1, OWN-ROUND1.
+    Spec: VAS-EQ1, OWN-SCALE1, OWN-ROUND1, OWN-MEMORY1.
 
         Attention(Q, K, V) = softmax(Q Kᵀ / √d_k) V
 
@@ -41,24 +42,18 @@ def scaled_dot_product_attention(
         output: (..., n_q, d_v), in query's dtype.
 
     Raises:
-        ShapeError: the feature sizes of query and key, or the lengths of key and value, differ.
-        DtypeError: a dtype is not floating, or two differ.
-        OptionError: scale is not finite.
+        ShapeError: the feature sizes of query and key, the lengths of key and value, or leading
+            axes differ, or there is no key or no feature.
+        DtypeError: an argument is no array, a dtype is not floating, or two differ.
+        OptionError: scale is not finite, or overflows in the computing dtype.
+        MemoryLimitError: the n_q x n_k matrices do not fit into the free memory.
     """
     name = "scaled_dot_product_attention"
-    sizes = check_shapes(
-        name,
-        query=(query, "... n_q d_k"),
-        key=(key, "... n_k d_k"),
-        value=(value, "... n_k d_v"),
-    )
-    check_floats(name, query=query, key=key, value=value)
-    check_finite(name, scale=scale)
+    sizes = check_operands(name, query, key, value, **given(scale=scale))
+    check_matrices(name, query, sizes)
     xp = array_namespace(query)
     Q, K, V = widen(query), widen(key), widen(value)
-    logits = xp.matmul(Q, xp.matrix_transpose(K)) * (
-        default_scale(sizes["d_k"]) if scale is None else scale
-    )
+    logits = xp.matmul(Q, xp.matrix_transpose(K)) * default_scale(scale, sizes["d_k"])
     exponentials = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
     softmax = exponentials / xp.sum(exponentials, axis=-1, keepdims=True)
     return narrow(xp.matmul(softmax, V), query)
@@ -88,7 +83,8 @@ def attention(
 
     Raises:
         ShapeError: two shapes do not fit together.
-        DtypeError: a dtype is not floating, or two differ, or a mask is not bool.
+        DtypeError: an argument is no array, a dtype is not floating, or two differ, or a mask is
+            not bool.
         OptionError: an option's value, or its company, is refused.
         MemoryLimitError: the n_q x n_k matrices do not fit into the free memory.
     """
@@ -183,7 +179,18 @@ def weigh(problem: Problem) -> SoftmaxRows:
     if options["masked"] == "add":
         sunk = S + sunk
     S = xp.where(problem.allowed, S, sunk)
-    return softmax_rows(S, problem.allowed, sinks=problem.sinks, empty_row=options["empty_row"])
+    P, L = softmax_rows(S, problem.allowed, sinks=problem.sinks, empty_row=options["empty_row"])
+    return SoftmaxRows(select_readable(problem, P), L)
+
+
+def select_readable(problem: Problem, cells: Array) -> Array:
+    """Return cells with 0 where nothing may be read, though the row of the cell be NaN.
+
+    Spec: OWN-POISON1.
+    """
+    if problem.options["masked"] == "add":
+        return cells
+    return problem.xp.where(problem.readable, cells, problem.xp.zeros_like(cells))
 
 
 def multiply_readable(problem: Problem, cells: Array, rows: Array, *, over: str = "key") -> Array:
@@ -194,13 +201,11 @@ def multiply_readable(problem: Problem, cells: Array, rows: Array, *, over: str 
         out_i = Σ_j readable_ij · cells_ij rows_j   (over="key")
         out_j = Σ_i readable_ij · cells_ij rows_i   (over="query")
 
-    A zero weight does not silence a NaN (0 · NaN = NaN), so under "select" a product with rows
-    that are not all finite skips the unreadable cells one by one.
+    Under "add" every cell is readable.
     """
     xp, readable = problem.xp, problem.readable
     if over == "query":
         cells, readable = xp.matrix_transpose(cells), xp.matrix_transpose(readable)
-    if problem.options["masked"] == "add" or bool(xp.all(xp.isfinite(rows))):
+    if problem.options["masked"] == "add":
         return xp.matmul(cells, rows)
-    terms = cells[..., None] * rows[..., None, :, :]
-    return xp.sum(xp.where(readable[..., None], terms, xp.zeros_like(terms)), axis=-2)
+    return product_over_allowed(cells, rows, readable)

@@ -12,6 +12,7 @@ from refattn.attention import (
     multiply_readable,
     pair_distances,
     scaled_logits,
+    select_readable,
     weigh,
 )
 from refattn.checks import check_floats, check_shapes
@@ -54,7 +55,8 @@ def attention_backward(
         query: Q, (..., h, n_q, d_k).
         key: K, (..., h_k, n_k, d_k).
         value: V, (..., h_k, n_k, d_v).
-        d_logsumexp: dL, (..., h, n_q); None = the loss does not read the logsumexp.
+        d_logsumexp: dL, (..., h, n_q), query's dtype or its computing dtype; None = the loss does
+            not read the logsumexp.
         **options: as in the forward call.
 
     Returns:
@@ -101,9 +103,14 @@ def _check_cotangents(
     check_shapes(
         "attention_backward",
         d_output=(d_output, f"{lead} {value.shape[-1]}"),
-        d_logsumexp=(d_logsumexp, lead),
+        d_logsumexp=(d_logsumexp, f"{lead} or None"),
+        query=(query, "... d_k"),
     )
     check_floats("attention_backward", query=query, d_output=d_output)
+    if d_logsumexp is not None:
+        check_floats(
+            "attention_backward", widened_query=widen(query), d_logsumexp=widen(d_logsumexp)
+        )
 
 
 def _softmax_backward(
@@ -112,13 +119,12 @@ def _softmax_backward(
     """Return dS and D - dL; where P was a constant, an empty row, dS is zero."""
     xp, options = problem.xp, problem.options
     dP = xp.matmul(dO, xp.matrix_transpose(problem.V))
-    if options["masked"] == "select":
-        dP = xp.where(problem.readable, dP, xp.zeros_like(dP))
+    dP = select_readable(problem, dP)
     dP = drop_weights(dP, options.get("keep"), options["keep_probability"])
     D = xp.sum(P * dP, axis=-1)
     if d_logsumexp is not None:
         D = D - widen(d_logsumexp)
-    dS = P * (dP - D[..., None])
+    dS = select_readable(problem, P * (dP - D[..., None]))
     if options["empty_row"] != "nan" and problem.sinks is None:
         empty = ~xp.any(problem.allowed, axis=-1, keepdims=True)
         dS = xp.where(empty, xp.zeros_like(dS), dS)
@@ -138,8 +144,7 @@ def _logits_backward(problem: Problem, dS: Array) -> tuple[Array, Array]:
     # forward was S = c·tanh(X/c), so now dX = dS (1 - tanh²(X/c))
     slope = 1.0 - xp.tanh(X / c) ** 2
     dX = dS * slope
-    if problem.options["masked"] == "select":
-        dX = xp.where(problem.readable, dX, xp.zeros_like(dX))
+    dX = select_readable(problem, dX)
     return dX, (dX if after else dS)
 
 

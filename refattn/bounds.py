@@ -24,6 +24,11 @@ LARGEST_EXPONENT = 1.0
 LARGEST_GROWTH = 40.0
 """Cap on the exponent of the second-order factor: a bound is finite, if empty, beyond it."""
 
+LARGEST = {"float16": 65504.0, "float32": 3.4028234663852886e38, "float64": 1.7976931348623157e308}
+"""Largest number of a computing format: sums beyond it are not asked of an implementation."""
+
+CROSSED = ("multihead", "score")
+"""Operations in whose outputs, as in gradients, errors meet errors."""
 
 SECOND_ORDER = 2.0**-13
 """The u up to which the units themselves cover the product of two errors (NUM-MODEL1)."""
@@ -44,7 +49,10 @@ class Profile(NamedTuple):
     product: float
     """Largest relative error of an operand on its way into a matrix product; 0 if exact."""
     tiny: float
-    """Results of the arithmetic below it may be flushed to zero."""
+    """Largest error of a result below the normal range, which is flushed to zero at most.
+
+    In fp16_accumulate, where it is below the normal range itself, nothing may be flushed.
+    """
     operand_tiny: float
     """Largest absolute error of rounding to the operand format below its normal range."""
 
@@ -90,7 +98,8 @@ def coefficients(
 
     Spec: NUM-MODEL1, NUM-FORWARD1, NUM-LSE1, NUM-BACKWARD1, NUM-ROPE1, NUM-OTHER1.
 
-        a = κ (v + 2p),  b = κ (u + 2p / (d + 8)),  κ = exp(2 (b e + a e₀ + n u))
+        a = κ a₀,  b = κ b₀,  κ = exp(2 (b₀ e + a₀ ω + n u))
+        a₀ = v + 2p,  b₀ = u + 2p / (d + 8)
 
     Args:
         op: the operation's name.
@@ -98,7 +107,8 @@ def coefficients(
         magnitudes: what `refattn.certify.units.units` returned beside the units.
 
     Returns:
-        One triple an output, absolute, the unit roundoffs included, always finite.
+        One triple an output, absolute, the unit roundoffs included, always finite; none at all
+        where a sum of magnitudes leaves the range of the arithmetic.
 
     Raises:
         OptionError: no such profile, or a magnitude is not finite.
@@ -108,9 +118,11 @@ def coefficients(
         if not math.isfinite(value):
             raise OptionError(f"magnitude {name} is {value}, but it must be finite [{op}]")
     p = PROFILES[profile]
+    if magnitudes.get("peak", 0.0) > LARGEST[p.computing]:
+        return {}
     names = [key.removesuffix(".floor") for key in magnitudes if key.endswith(".floor")]
     return {
-        name: _coefficients(p, name, magnitudes, op == "multihead" or name.startswith("d_"))
+        name: _coefficients(p, name, magnitudes, op in CROSSED or name.startswith("d_"))
         for name in names
     }
 
@@ -122,32 +134,34 @@ def _coefficients(
     a = p.operand + 2 * product
     b = p.accumulated + 2 * product / (magnitudes.get("shortest", 0.0) + EXTRA)
     error = b * magnitudes.get("exponent", 0.0) + a * magnitudes.get("exponent_operand", 0.0)
-    longest = max(magnitudes.get("terms", 0.0), magnitudes.get("rows", 0.0))
+    longest = max(magnitudes.get(n, 0.0) for n in ("terms", "rows", "longest", f"{name}.terms"))
     growth = INFLATION * math.exp(min(2 * (error + longest * p.accumulated), LARGEST_GROWTH))
     if crossed:  # errors meet errors
         growth *= max(1.0, b / SECOND_ORDER)
-    floor = growth * (
+    floor = (
         p.tiny * magnitudes[f"{name}.floor"]
         + p.operand_tiny * magnitudes.get(f"{name}.floor_operand", 0.0)
         + FINE * magnitudes.get(f"{name}.fine", 0.0)
     )
     trivial = magnitudes.get(f"{name}.trivial", 0.0)
     if trivial and error > LARGEST_EXPONENT:
-        # within the hull of the values, whatever the weights
-        return 0.0, 0.0, trivial * (1 + growth_of_sums(longest, p)) + floor
+        # within the hull of the values, whatever the weights, but for their sum
+        outside = growth_of_sums(longest, magnitudes.get("division", 0.0), p)
+        return 0.0, 0.0, INFLATION * (trivial + floor) * (1 + outside)
     if f"{name}.statistic" in magnitudes:
         a = 0.0  # it stays in the computing format
     a += magnitudes.get(f"{name}.roundings", 0.0) * p.accumulated
     if f"{name}.angle" in magnitudes:
         b = FINE  # angles are computed in binary64 in every profile
-    return growth * a, growth * b, floor
+    return growth * a, growth * b, growth * floor
 
 
-def growth_of_sums(terms: float, p: Profile) -> float:
+def growth_of_sums(terms: float, division: float, p: Profile) -> float:
     """Return what rounding can add, relatively, to a mean of `terms` numbers, rounded at last.
 
     Spec: NUM-FORWARD1.
 
-        e^(2nu) - 1 + v
+        e^((2n + g) u) - 1 + v + 2p
     """
-    return math.expm1(min(2 * terms * p.accumulated, LARGEST_GROWTH)) + p.operand + 2 * p.product
+    exponent = (2 * terms + division) * p.accumulated
+    return math.expm1(min(exponent, LARGEST_GROWTH)) + p.operand + 2 * p.product

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 from refattn.arrays import Array, array_namespace
 from refattn.attention import AttentionResult, attention
-from refattn.checks import OptionError, check_floats, check_shapes
+from refattn.checks import OptionError, check_floats, check_shapes, shown
 from refattn.options import AttentionOptions
 
 
@@ -41,12 +41,17 @@ def extend(cache: Cache | None, key: Array, value: Array) -> Cache:
 
     Raises:
         ShapeError: key and value differ in length, or from the cache in heads or features.
-        DtypeError: a dtype is not floating, or differs from the cache's.
+        DtypeError: an argument is no array, a dtype is not floating, or differs from the cache's.
+        OptionError: cache is no `Cache`.
     """
+    _check_cache("extend", cache)
     check_shapes("extend", key=(key, "... n d_k"), value=(value, "... n d_v"))
     check_floats("extend", key=key, value=value)
     if cache is None:
         return Cache(key, value)
+    check_shapes(
+        "extend", cache_key=(cache.key, "... n d_k"), cache_value=(cache.value, "... n d_v")
+    )
     for name, old, new in (("key", cache.key, key), ("value", cache.value, value)):
         lead = " ".join(str(size) for size in old.shape[:-2])
         check_shapes("extend", **{name: (new, f"{lead} n {old.shape[-1]}")})
@@ -84,10 +89,14 @@ def cached_attention(
     """
     if "alignment" in options:
         raise OptionError(
-            f"alignment is {options['alignment']!r}, but the cache's length decides it here "
+            f"alignment is {shown(options['alignment'])}, but the cache's length decides it here "
             f"[cached_attention]"
         )
-    past = 0 if cache is None else cache.key.shape[-2]
     grown = extend(cache, key, value)
-    options["alignment"] = past
+    options["alignment"] = grown.key.shape[-2] - key.shape[-2]
     return CachedResult(attention(query, grown.key, grown.value, **options), grown)
+
+
+def _check_cache(function: str, cache: Any) -> None:
+    if not (cache is None or isinstance(cache, Cache)):
+        raise OptionError(f"cache is {shown(cache)}, but it must be a Cache or None [{function}]")

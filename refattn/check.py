@@ -13,7 +13,7 @@ from refattn.bounds import profile_of
 from refattn.checks import check_option
 from refattn.errors import RefattnError
 from refattn.judge import judge
-from refattn.vectors.pack import Case
+from refattn.vectors.pack import Case, unbounded
 
 REQUIRE = "REFATTN_REQUIRE"
 """Environment variable with names, comma-separated, whose absence is a failure."""
@@ -106,6 +106,8 @@ def run(job: Job) -> Result:
     """Run one job and judge it."""
     case, name, dtype = job
     about = (case.id, stated(name, case.op, case.clauses), name, dtype)
+    if why := unbounded(case, profile_of(dtype)):
+        return Result(*about, "not run", 0.0, why)
     try:
         outputs = load(name).run(case.op, case.inputs, case.parameters, case.conventions, dtype)
         verdict = judge(case, outputs, profile_of(dtype))
@@ -143,6 +145,7 @@ def summary(
     lacking = required(absent)
     cells = table(results)
     ended = Counter(result.verdict for result in results)
+    left_out = Counter(f"{r.backend}: {r.reason}" for r in results if r.verdict == "not run")
     return {
         "refattn": version,
         "pack": root_hash,
@@ -150,6 +153,7 @@ def summary(
         "passed": ended["ok"],
         "failed": ended["failed"],
         "not_run": ended["not run"],
+        "not_run_reasons": dict(left_out.most_common()),
         "absent": absent,
         "required_but_absent": lacking,
         "clauses": {

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from refattn.arrays import Array, array_namespace
-from refattn.checks import OptionError
+from refattn.checks import OptionError, check_memory, is_finite, is_integer, shown
 
 ROUNDS = 10
 """Rounds of Philox4x32, as its authors recommend."""
@@ -19,6 +19,9 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 
 WEYL = (0x9E3779B9, 0xBB67AE85)
 """Key increments a round, the golden ratio and √3 - 1 as 32-bit fractions."""
+
+DRAWN_BYTES = 36
+"""Bytes that drawing one element of a keep mask takes at its peak, as `tracemalloc` measures."""
 
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
@@ -62,7 +65,7 @@ def keep_mask(
 ) -> Array:
     """Draw a keep mask from the specified stream; integer arithmetic, the same bits anywhere.
 
-    Spec: OWN-DROPOUT2.
+    Spec: OWN-DROPOUT2, OWN-MEMORY1.
 
         keep_e = philox(⌊e/4⌋ + offset, seed)[e mod 4] < ⌊keep_probability · 2³²⌋
 
@@ -77,26 +80,33 @@ def keep_mask(
         keep: bool, of the shape.
 
     Raises:
-        OptionError: a number is outside its range.
+        OptionError: a number is outside its range, or shape is no list of sizes.
+        MemoryLimitError: the words do not fit into the free memory.
     """
-    if not 0.0 <= keep_probability <= 1.0:
+    if not (is_finite(keep_probability) and 0 <= keep_probability <= 1):
         raise OptionError(
-            f"keep_probability is {keep_probability}, but it must be from 0 to 1 [keep_mask]"
+            f"keep_probability is {shown(keep_probability)}, but it must be from 0 to 1 [keep_mask]"
         )
-    if not 0 <= seed < 2**64 or not 0 <= offset < 2**63:
+    for name, number, end in (("seed", seed, 64), ("offset", offset, 63)):
+        if not (is_integer(number) and 0 <= number < 2**end):
+            raise OptionError(
+                f"{name} is {shown(number)}, but it must be an integer from 0 to 2^{end} - 1 "
+                f"[keep_mask]"
+            )
+    if not (isinstance(shape, Sequence) and all(is_integer(n) and n >= 0 for n in shape)):
         raise OptionError(
-            f"seed is {seed} and offset is {offset}, but they must be from 0 to 2^64 - 1 and "
-            f"from 0 to 2^63 - 1 [keep_mask]"
+            f"shape is {shown(shape)}, but it must be a list of sizes, integers that are not "
+            f"negative [keep_mask]"
         )
-    if any(n < 0 for n in shape):
-        raise OptionError(f"shape is {tuple(shape)}, but no size may be negative [keep_mask]")
-    count = math.prod(shape)
-    index = np.arange((count + 3) // 4, dtype=np.uint64) + np.uint64(offset)
+    sizes = tuple(int(n) for n in shape)
+    check_memory("keep_mask", sizes, itemsize=1, arrays=DRAWN_BYTES)
+    count = math.prod(sizes)
+    index = np.arange((count + 3) // 4, dtype=np.uint64) + np.uint64(int(offset))
     zero = np.zeros_like(index)
-    words = philox(np.stack([index & _LOW, index >> _SHIFT, zero, zero], axis=1), seed)
-    threshold = np.uint64(math.floor(keep_probability * 2**32))
+    words = philox(np.stack([index & _LOW, index >> _SHIFT, zero, zero], axis=1), int(seed))
+    threshold = np.uint64(math.floor(float(keep_probability) * 2**32))
     keep = words.reshape(-1)[:count].astype(np.uint64) < threshold
-    return xp.asarray(keep.reshape(tuple(shape)))
+    return xp.asarray(keep.reshape(sizes))
 
 
 def drop_weights(weights: Array, keep: Array | None, keep_probability: float) -> Array:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refattn.arrays import Array, array_namespace, narrow, widen
-from refattn.checks import check_counts
+from refattn.checks import check_counts, given
 from refattn.dropout import drop_weights
 from refattn.tiles import (
     allowed_cells,
@@ -79,7 +79,7 @@ def block_sizes(*, sram: int, d: int) -> BlockSizes:
     Raises:
         OptionError: a number is not an integer of at least 1.
     """
-    check_counts("block_sizes", sram=sram, d=d)
+    sram, d = check_counts("block_sizes", sram=sram, d=d)
     B_c = -(-sram // (4 * d))
     return BlockSizes(block_rows=min(B_c, d), block_cols=B_c)
 
@@ -102,7 +102,7 @@ def flash_attention(
 
     Args:
         query: Q, (..., n_q, d_k), any float dtype.
-        key: K, (..., n_k, d_k), the same dtype.
+        key: K, (..., n_k, d_k), n_k ≥ 1, the same dtype.
         value: V, (..., n_k, d_v), the same dtype.
         block_rows: B_r, query rows of a tile; need not divide n_q.
         block_cols: B_c, key rows of a tile; need not divide n_k.
@@ -112,7 +112,7 @@ def flash_attention(
         output: O, (..., n_q, d_v), dtype of the query.
         row_max: m, (..., n_q), logits, computing dtype.
         row_sum: l, (..., n_q), computing dtype.
-        logsumexp: m + ln l, (..., n_q), nats, computing dtype; -∞ where there is no key.
+        logsumexp: m + ln l, (..., n_q), nats, computing dtype.
 
     Raises:
         ShapeError: shapes do not fit.
@@ -120,8 +120,8 @@ def flash_attention(
         OptionError: a tile size is not an integer of at least 1, or the scale is not finite.
     """
     check_operands("flash_attention", query, key, value, scale=scale)
-    check_counts("flash_attention", block_rows=block_rows, block_cols=block_cols)
-    steps = _outer_steps(widen(query), widen(key), widen(value), block_rows, block_cols, scale)
+    B_r, B_c = check_counts("flash_attention", block_rows=block_rows, block_cols=block_cols)
+    steps = _outer_steps(widen(query), widen(key), widen(value), B_r, B_c, float(scale))
     *_, last = steps
     return _result(last, query)  # line 16
 
@@ -144,7 +144,7 @@ def tile_states(
 
     Args:
         query: Q, (..., n_q, d_k), any float dtype.
-        key: K, (..., n_k, d_k), the same dtype.
+        key: K, (..., n_k, d_k), n_k ≥ 1, the same dtype.
         value: V, (..., n_k, d_v), the same dtype.
         block_rows: B_r, query rows of a tile.
         block_cols: B_c, key rows of a tile; T_c = ⌈n_k / B_c⌉.
@@ -161,9 +161,9 @@ def tile_states(
         OptionError: a tile size is not an integer of at least 1, or the scale is not finite.
     """
     check_operands("tile_states", query, key, value, scale=scale)
-    check_counts("tile_states", block_rows=block_rows, block_cols=block_cols)
+    B_r, B_c = check_counts("tile_states", block_rows=block_rows, block_cols=block_cols)
     xp = array_namespace(query)
-    steps = _outer_steps(widen(query), widen(key), widen(value), block_rows, block_cols, scale)
+    steps = _outer_steps(widen(query), widen(key), widen(value), B_r, B_c, float(scale))
     m, l, O = (xp.stack(kept)[1:, ...] for kept in zip(*steps, strict=True))
     return TileStates(m[..., 0], l[..., 0], narrow(O, query))
 
@@ -221,7 +221,7 @@ def flash_attention_forward(
 
     Args:
         query: Q, (..., n_q, d_k), any float dtype.
-        key: K, (..., n_k, d_k), the same dtype.
+        key: K, (..., n_k, d_k), n_k ≥ 1, the same dtype.
         value: V, (..., n_k, d_v), the same dtype.
         block_rows: B_r, query rows of a tile.
         block_cols: B_c, key rows of a tile.
@@ -244,8 +244,8 @@ def flash_attention_forward(
         OptionError: a tile size, the scale, the alignment or the dropout is refused.
     """
     function = "flash_attention_forward"
-    sizes = check_operands(function, query, key, value, scale=scale)
-    check_counts(function, block_rows=block_rows, block_cols=block_cols)
+    sizes = check_operands(function, query, key, value, **given(scale=scale))
+    B_r, B_c = check_counts(function, block_rows=block_rows, block_cols=block_cols)
     rules = masking(
         function,
         query,
@@ -258,9 +258,9 @@ def flash_attention_forward(
     )
     xp = array_namespace(query)
     tau = default_scale(scale, sizes["d_k"])
-    kept = 1.0 if keep_probability is None else keep_probability
+    kept = 1.0 if keep_probability is None else float(keep_probability)
     state = _zero_state(widen(query), widen(value))  # line 3
-    rows, cols = spans(sizes["n_q"], block_rows), spans(sizes["n_k"], block_cols)
+    rows, cols = spans(sizes["n_q"], B_r), spans(sizes["n_k"], B_c)
     Q = divide(widen(query), rows)  # line 4
     K, V = divide(widen(key), cols), divide(widen(value), cols)
     m, l, O = (divide(x, rows) for x in state)  # line 5

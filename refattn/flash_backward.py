@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refattn.arrays import Array, array_namespace, narrow, widen
-from refattn.checks import DtypeError, check_counts, check_floats, check_shapes, describe
+from refattn.checks import DtypeError, check_counts, check_floats, check_shapes, describe, given
 from refattn.dropout import drop_weights
 from refattn.flash import masked_scores
 from refattn.tiles import (
@@ -91,8 +91,8 @@ def flash_attention_backward(
         OptionError: a tile size, the scale, the alignment or the dropout is refused.
     """
     function = "flash_attention_backward"
-    sizes = check_operands(function, query, key, value, scale=scale)
-    check_counts(function, block_rows=block_rows, block_cols=block_cols)
+    sizes = check_operands(function, query, key, value, **given(scale=scale))
+    B_r, B_c = check_counts(function, block_rows=block_rows, block_cols=block_cols)
     _check_saved(function, d_output, query, value, output, row_max, row_sum)
     rules = masking(
         function,
@@ -106,8 +106,8 @@ def flash_attention_backward(
     )
     xp = array_namespace(query)
     tau = default_scale(scale, sizes["d_k"])
-    kept = 1.0 if keep_probability is None else keep_probability
-    rows, cols = spans(sizes["n_q"], block_rows), spans(sizes["n_k"], block_cols)
+    kept = 1.0 if keep_probability is None else float(keep_probability)
+    rows, cols = spans(sizes["n_q"], B_r), spans(sizes["n_k"], B_c)
     Q = divide(widen(query), rows)  # line 3
     K, V = divide(widen(key), cols), divide(widen(value), cols)
     O, dO = divide(widen(output), rows), divide(widen(d_output), rows)  # line 4

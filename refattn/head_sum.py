@@ -8,7 +8,7 @@ import numpy as np
 
 from refattn.arrays import Array, array_namespace, narrow, widen
 from refattn.attention import scaled_dot_product_attention
-from refattn.checks import check_floats, check_shapes
+from refattn.checks import check_floats, check_shapes, given
 from refattn.multihead import project
 
 
@@ -122,8 +122,10 @@ def sum_of_heads(outputs: Array, *, head_gates: Array | None = None) -> Array:
         ShapeError: there is not one gate a head.
         DtypeError: a dtype is not floating, or two differ.
     """
-    check_shapes("sum_of_heads", outputs=(outputs, "... h n e"), head_gates=(head_gates, "h"))
-    check_floats("sum_of_heads", outputs=outputs, head_gates=head_gates)
+    check_shapes(
+        "sum_of_heads", outputs=(outputs, "... h n e"), head_gates=(head_gates, "h or None")
+    )
+    check_floats("sum_of_heads", outputs=outputs, **given(head_gates=head_gates))
     xp = array_namespace(outputs)
     Att = widen(outputs)
     gated = Att if head_gates is None else widen(head_gates)[:, None, None] * Att

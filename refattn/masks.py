@@ -12,10 +12,22 @@ from typing import Any
 import numpy as np
 
 from refattn.arrays import Array
-from refattn.checks import OptionError, ShapeError
+from refattn.checks import (
+    OptionError,
+    ShapeError,
+    check_arrays,
+    check_counts,
+    check_memory,
+    is_array,
+    is_integer,
+    shown,
+)
 
 ALIGNMENTS = ("top_left", "bottom_right")
 """Named alignments; an integer offset, or one a batch item, is the general form."""
+
+FARTHEST = 2**62
+"""Tokens: no offset and no window reaches farther, so that no sum of two leaves int64."""
 
 
 def position_offset(
@@ -23,7 +35,7 @@ def position_offset(
     n_q: int,
     n_k: int,
     *,
-    alignment: str | int | Sequence[int] | Array = "top_left",
+    alignment: Any = "top_left",
     query_lengths: Array | None = None,
     key_lengths: Array | None = None,
     xp: Any = np,
@@ -47,26 +59,41 @@ def position_offset(
         offset: an int, or (b, 1, 1, 1) int64, tokens.
 
     Raises:
-        OptionError: alignment is neither a name nor integers.
+        OptionError: alignment is neither a name nor integers, or an offset is beyond `FARTHEST`.
     """
     if isinstance(alignment, str):
         if alignment == "top_left":
             return 0
         if alignment == "bottom_right":
-            keys = n_k if key_lengths is None else key_lengths
-            queries = n_q if query_lengths is None else query_lengths
+            # lengths may be unsigned, and their difference negative
+            keys, queries = (
+                n if lengths is None else xp.astype(lengths, xp.int64)
+                for n, lengths in ((n_k, key_lengths), (n_q, query_lengths))
+            )
             offset = keys - queries
             return offset if isinstance(offset, int) else xp.reshape(offset, (-1, 1, 1, 1))
-    elif isinstance(alignment, (int, np.integer)) and not isinstance(alignment, bool):
+    elif is_integer(alignment):
+        _check_near(function, alignment, [alignment])
         return int(alignment)
-    else:
-        items = xp.asarray(alignment)
-        if items.ndim == 1 and xp.isdtype(items.dtype, "integral"):
-            return xp.reshape(xp.astype(items, xp.int64), (-1, 1, 1, 1))
+    elif is_array(alignment):
+        if alignment.ndim == 1 and xp.isdtype(alignment.dtype, "integral"):
+            ends = [xp.min(alignment), xp.max(alignment)] if alignment.shape[0] else []
+            _check_near(function, alignment, ends)
+            return xp.reshape(xp.astype(alignment, xp.int64), (-1, 1, 1, 1))
+    elif isinstance(alignment, Sequence) and all(map(is_integer, alignment)):
+        _check_near(function, alignment, alignment)
+        return xp.reshape(xp.asarray(list(alignment), dtype=xp.int64), (-1, 1, 1, 1))
     raise OptionError(
-        f"alignment is {alignment!r}, but it must be {', '.join(ALIGNMENTS)}, an integer offset "
-        f"or a list of integer offsets [{function}]"
+        f"alignment is {shown(alignment)}, but it must be {', '.join(ALIGNMENTS)}, an integer "
+        f"offset or a list of integer offsets [{function}]"
     )
+
+
+def _check_near(function: str, alignment: Any, offsets: Sequence[Any]) -> None:
+    if any(abs(int(offset)) > FARTHEST for offset in offsets):
+        raise OptionError(
+            f"alignment is {shown(alignment)}, but no offset may be beyond 2^62 tokens [{function}]"
+        )
 
 
 def relative_positions(n_q: int, n_k: int, *, offset: Any = 0, xp: Any = np) -> Array:
@@ -95,7 +122,7 @@ def causal_mask(
 ) -> Array:
     """Return the decoder's mask: a query sees the keys up to its own position.
 
-    Spec: VAS-S323b, OWN-CAUSAL1.
+    Spec: VAS-S323b, OWN-CAUSAL1, OWN-MEMORY1.
 
         allowed_ij = j ≤ p_i
 
@@ -109,9 +136,14 @@ def causal_mask(
         allowed: (n_q, n_k) or (b, 1, n_q, n_k), bool, True = attend.
 
     Raises:
-        OptionError: alignment is neither a name nor integers.
+        OptionError: a number of rows is no integer of at least 0, or alignment is neither a name
+            nor integers.
+        MemoryLimitError: the positions of the pairs do not fit into the free memory.
     """
+    n_q, n_k = check_counts("causal_mask", least=0, n_q=n_q, n_k=n_k)
     offset = position_offset("causal_mask", n_q, n_k, alignment=alignment, xp=xp)
+    items = [] if isinstance(offset, int) else offset.shape[:1]
+    check_memory("causal_mask", (*items, n_q, n_k), itemsize=8, arrays=2)
     return relative_positions(n_q, n_k, offset=offset, xp=xp) <= 0
 
 
@@ -208,20 +240,25 @@ def allowed_pairs(
     return allowed
 
 
-def check_window(function: str, window: Sequence[int | None] | None) -> None:
-    """Check that a window is two counts of tokens.
+def check_window(
+    function: str, window: Sequence[int | None] | None
+) -> tuple[int | None, ...] | None:
+    """Return a window as two counts of tokens in Python's integers, or None where there is none.
 
     Raises:
-        OptionError: it is not, or a count is negative.
+        OptionError: it is not two counts, or one is negative or beyond `FARTHEST`.
     """
     if window is None:
-        return
-    ends = tuple(window)
-    if len(ends) != 2 or any(w is not None and (not isinstance(w, int) or w < 0) for w in ends):
+        return None
+    ends = tuple(window) if isinstance(window, Sequence) else ()
+    if len(ends) != 2 or not all(
+        end is None or (is_integer(end) and 0 <= end <= FARTHEST) for end in ends
+    ):
         raise OptionError(
-            f"window is {window!r}, but it must be (left, right), each None or a count of tokens "
-            f"that is not negative [{function}]"
+            f"window is {shown(window)}, but it must be (left, right), each None or a count of "
+            f"tokens from 0 to 2^62 [{function}]"
         )
+    return tuple(None if end is None else int(end) for end in ends)
 
 
 def check_lengths(
@@ -231,10 +268,12 @@ def check_lengths(
 
     Raises:
         ShapeError: their number is not the batch's.
+        DtypeError: lengths is no array.
         OptionError: a length is outside 0..n, or not an integer.
     """
     if lengths is None:
         return
+    check_arrays(function, **{name: lengths})
     if tuple(lengths.shape) != (batch,):
         raise ShapeError(
             f"{name} has shape {tuple(lengths.shape)}, but the batch has {batch} items; "

@@ -11,7 +11,15 @@ from typing import NamedTuple
 import numpy as np
 
 from refattn.arrays import Array, array_namespace, narrow, widen
-from refattn.checks import DtypeError, ShapeError, check_floats, check_shapes, describe
+from refattn.checks import (
+    DtypeError,
+    OptionError,
+    ShapeError,
+    check_floats,
+    check_shapes,
+    describe,
+    shown,
+)
 from refattn.tiles import check_lead, divisor, shift
 
 
@@ -82,6 +90,7 @@ def merge_states(first: PartState, second: PartState) -> PartState:
     Raises:
         ShapeError: shapes do not fit.
         DtypeError: dtypes are not floating or differ.
+        OptionError: a part is no `PartState`.
     """
     _check_states(first, second)
     xp = array_namespace(first.output)
@@ -117,6 +126,9 @@ def _check_parts(outputs: Array, logsumexps: Array) -> None:
 def _check_states(first: PartState, second: PartState) -> None:
     """Check the arguments of `merge_states`."""
     parts = {"first": first, "second": second}
+    for name, part in parts.items():
+        if not isinstance(part, PartState):
+            raise OptionError(f"{name} is {shown(part)}, but it must be a PartState [merge_states]")
     arrays = {f"{n}.{field}": x for n, p in parts.items() for field, x in p._asdict().items()}
     forms = {"row_max": "... n", "row_sum": "... n", "output": "... n d"}
     check_shapes(

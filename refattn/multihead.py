@@ -11,7 +11,7 @@ import numpy as np
 
 from refattn.arrays import Array, narrow, widen
 from refattn.attention import attention
-from refattn.checks import check_floats, check_shapes
+from refattn.checks import check_floats, check_shapes, given
 from refattn.options import AttentionOptions
 from refattn.projections import merge_heads, pack_output
 
@@ -125,11 +125,11 @@ def check_multihead(
         query_input=(query_input, "b n_q e_q"),
         source_input=(source_input, "b n_k e_s"),
         **{name: (weights[name], shape) for name, shape in shapes.items()},
-        head_gates=(head_gates, "h"),
-        d_output=(d_output, "b n_q e_o"),
+        head_gates=(head_gates, "h or None"),
+        d_output=(d_output, "b n_q e_o or None"),
     )
     arrays = {"query_input": query_input, "source_input": source_input, **weights}
-    check_floats(function, **arrays, head_gates=head_gates, d_output=d_output)
+    check_floats(function, **arrays, **given(head_gates=head_gates, d_output=d_output))
 
 
 def gate_factor(head_gates: Array) -> Array:

@@ -9,6 +9,7 @@ import numpy as np
 from refattn.arrays import Array, array_namespace, narrow, widen
 from refattn.attention import attention
 from refattn.attention_backward import attention_backward
+from refattn.checks import check_arrays
 from refattn.multihead import check_multihead, gate_factor, project
 from refattn.options import AttentionOptions
 from refattn.projections import pack_output, split_heads
@@ -74,6 +75,7 @@ def multihead_attention_backward(
     """
     function = "multihead_attention_backward"
     weights = {"w_query": w_query, "w_key": w_key, "w_value": w_value, "w_output": w_output}
+    check_arrays(function, d_output=d_output)
     check_multihead(function, query_input, source_input, weights, head_gates, d_output)
     xp = array_namespace(query_input)
     X, Y, dO = widen(query_input), widen(source_input), widen(d_output)

@@ -14,15 +14,20 @@ from refattn.alibi import DISTANCES
 from refattn.arrays import Array, array_namespace, dtype_name, widen
 from refattn.checks import (
     DtypeError,
-    MemoryLimitError,
     OptionError,
     ShapeError,
+    check_arrays,
+    check_computable,
     check_finite,
+    check_flag,
     check_floats,
+    check_memory,
     check_option,
     check_positive,
     check_shapes,
     describe,
+    given,
+    is_array,
 )
 from refattn.grouped import HEAD_MAPS, expand_heads, group_size
 from refattn.masks import allowed_pairs, check_lengths, check_window, position_offset
@@ -99,6 +104,10 @@ DEFAULTS: dict[str, Any] = {
 """Defaults of the options that have one; every other option is off."""
 
 
+ARRAYS = ("mask", "bias", "slopes", "sinks", "query_lengths", "key_lengths", "keep")
+"""The options that are arrays, of query's library."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """Arguments of one attention after their contract: widened, expanded, checked."""
@@ -128,7 +137,7 @@ def default_scale(d_k: int) -> float:
 
 
 def resolve(
-    function: str, query: Array, key: Array, value: Array, given: AttentionOptions
+    function: str, query: Array, key: Array, value: Array, asked: AttentionOptions
 ) -> Problem:
     """Check the arguments of an attention and bring them into one form.
 
@@ -137,11 +146,11 @@ def resolve(
     Raises:
         ShapeError, DtypeError, OptionError, MemoryLimitError: an argument is refused.
     """
-    options, sizes, offset = check_arguments(function, query, key, value, given)
+    options, sizes, offset = check_arguments(function, query, key, value, asked)
     xp = array_namespace(query)
     n_q, n_k = sizes["n_q"], sizes["n_k"]
     lengths = {name: options.get(name) for name in ("query_lengths", "key_lengths")}
-    check_memory(function, query, sizes)
+    check_matrices(function, query, sizes)
     bias = options.get("bias")
     bias = None if bias is None else widen(bias)
     allowed = allowed_pairs(
@@ -164,7 +173,7 @@ def resolve(
         Q=widen(query),
         K=K,
         V=V,
-        scale=default_scale(sizes["d_k"]) if scale is None else float(scale),
+        scale=default_scale(sizes["d_k"]) if scale is None else scale,
         group=group,
         offset=offset,
         allowed=allowed,
@@ -177,7 +186,7 @@ def resolve(
 
 
 def check_arguments(
-    function: str, query: Array, key: Array, value: Array, given: AttentionOptions
+    function: str, query: Array, key: Array, value: Array, asked: AttentionOptions
 ) -> tuple[dict[str, Any], dict[str, int], Any]:
     """Check the arguments of an attention without forming any n_q x n_k matrix.
 
@@ -189,8 +198,9 @@ def check_arguments(
     Raises:
         ShapeError, DtypeError, OptionError: an argument is refused.
     """
-    options = _with_defaults(function, given)
+    options = _with_defaults(function, asked)
     sizes = _check_arrays(function, query, key, value, options)
+    options |= _plain_numbers(function, query, options)
     _check_values(function, query, options, sizes)
     lengths = {name: options.get(name) for name in ("query_lengths", "key_lengths")}
     offset = position_offset(
@@ -206,14 +216,14 @@ def check_arguments(
     return options, sizes, offset
 
 
-def _with_defaults(function: str, given: AttentionOptions) -> dict[str, Any]:
-    unknown = sorted(set(given) - set(AttentionOptions.__annotations__))
+def _with_defaults(function: str, asked: AttentionOptions) -> dict[str, Any]:
+    unknown = sorted(set(asked) - set(AttentionOptions.__annotations__))
     if unknown:
         raise OptionError(
             f"{unknown[0]} is no option of attention, but it must be one of "
             f"{', '.join(AttentionOptions.__annotations__)} [{function}]"
         )
-    return DEFAULTS | dict(given)
+    return DEFAULTS | dict(asked)
 
 
 def _check_arrays(
@@ -242,24 +252,37 @@ def _check_arrays(
             raise ShapeError(
                 f"key has {letter}=0, but it must be at least 1 {describe(function, shown)}"
             )
-    floats = {name: options.get(name) for name in ("bias", "slopes", "sinks")}
+    arrays = given(**{name: options.get(name) for name in ARRAYS})
+    check_arrays(function, query=query, **arrays)
+    floats = {name: array for name, array in arrays.items() if name in ("bias", "slopes", "sinks")}
     check_floats(function, query=query, key=key, value=value, **floats)
+    if is_array(options["alignment"]):
+        check_arrays(function, query=query, alignment=options["alignment"])
     return sizes
+
+
+def _plain_numbers(function: str, query: Array, options: dict[str, Any]) -> dict[str, Any]:
+    """Check the numbers and return them as Python's, which widen no array they meet."""
+    check_finite(function, **given(scale=options.get("scale")))
+    positive = given(softcap=options.get("softcap")) | {
+        "keep_probability": options["keep_probability"]
+    }
+    check_positive(function, **positive)
+    numbers = positive | given(scale=options.get("scale"))
+    check_computable(function, query, **numbers)
+    window = check_window(function, options.get("window"))
+    return {name: float(number) for name, number in numbers.items()} | {"window": window}
 
 
 def _check_values(
     function: str, query: Array, options: dict[str, Any], sizes: dict[str, int]
 ) -> None:
-    check_finite(function, scale=options.get("scale"))
-    check_positive(
-        function, softcap=options.get("softcap"), keep_probability=options["keep_probability"]
-    )
+    check_flag(function, causal=options["causal"], round_weights=options["round_weights"])
     check_option(function, "softcap_order", options["softcap_order"], SOFTCAP_ORDERS)
     check_option(function, "distance", options["distance"], DISTANCES)
     check_option(function, "head_map", options["head_map"], HEAD_MAPS)
     check_option(function, "empty_row", options["empty_row"], EMPTY_ROWS)
     check_option(function, "masked", options["masked"], MASKED)
-    check_window(function, options.get("window"))
     keep, chance = options.get("keep"), options["keep_probability"]
     if chance > 1 or (keep is None and chance != 1):
         raise OptionError(
@@ -269,15 +292,24 @@ def _check_values(
     logits = (*query.shape[:-2], sizes["n_q"], sizes["n_k"])
     for name in ("mask", "bias", "keep"):
         _check_broadcast(function, name, options.get(name), logits)
-    heads = query.shape[-3] if query.ndim > 2 else None
     for name in ("slopes", "sinks"):
-        array = options.get(name)
-        if array is not None and tuple(array.shape) != (heads,):
-            raise ShapeError(
-                f"{name} has shape {tuple(array.shape)}, but query has {heads} heads; "
-                f"they must be equal {describe(function, {'query': query, name: array})}"
-            )
+        _check_by_head(function, name, options.get(name), query)
     _check_lengths(function, query, options, sizes)
+
+
+def _check_by_head(function: str, name: str, array: Array | None, query: Array) -> None:
+    if array is None:
+        return
+    where = describe(function, {"query": query, name: array})
+    if query.ndim < 3:
+        raise ShapeError(
+            f"query has {query.ndim} axes, but {name} by head needs the 3 of (h, n, d) {where}"
+        )
+    if tuple(array.shape) != (query.shape[-3],):
+        raise ShapeError(
+            f"{name} has shape {tuple(array.shape)}, but query has {query.shape[-3]} heads; "
+            f"they must be equal {where}"
+        )
 
 
 def _check_lengths(
@@ -328,20 +360,11 @@ def _check_broadcast(
         )
 
 
-def check_memory(function: str, query: Array, sizes: dict[str, int]) -> None:
-    """Refuse a materialised n_q x n_k problem that does not fit (OWN-MEMORY1)."""
-    import psutil
-
+def check_matrices(function: str, query: Array, sizes: dict[str, int]) -> None:
+    """Refuse n_q x n_k matrices that do not fit into the memory that is free (OWN-MEMORY1)."""
     itemsize = 8 if dtype_name(query) == "float64" else 4
     shape = (*query.shape[:-2], sizes["n_q"], sizes["n_k"])
-    needed = MATRICES * itemsize * math.prod(shape)
-    if needed > 2**28:  # below this, asking the system costs more than it can save
-        free = psutil.virtual_memory().available
-        if needed > free:
-            raise MemoryLimitError(
-                f"{MATRICES} matrices of shape {shape} need {needed / 2**30:.1f} GiB, but "
-                f"{free / 2**30:.1f} GiB are free; a tiled form needs no such matrix [{function}]"
-            )
+    check_memory(function, shape, itemsize=itemsize, arrays=MATRICES)
 
 
 def _readable(allowed: Array, options: dict[str, Any], xp: Any) -> Array:

@@ -6,7 +6,7 @@ Head h owns the features h·d to h·d + d - 1, because the paper concatenates he
 from __future__ import annotations
 
 from refattn.arrays import Array, array_namespace
-from refattn.checks import ShapeError, check_shapes, describe
+from refattn.checks import ShapeError, check_counts, check_shapes, describe
 
 
 def split_heads(x: Array, heads: int) -> Array:
@@ -25,6 +25,7 @@ def split_heads(x: Array, heads: int) -> Array:
 
     Raises:
         ShapeError: the number of features is no multiple of heads.
+        OptionError: heads is no integer of at least 1.
     """
     check_shapes("split_heads", x=(x, "... n features"))
     d = _features_of_a_head("split_heads", "x", x, heads, axis=-1)
@@ -87,6 +88,7 @@ def unpack_projection(weight: Array, heads: int) -> Array:
 
     Raises:
         ShapeError: the number of columns is no multiple of heads.
+        OptionError: heads is no integer of at least 1.
     """
     check_shapes("unpack_projection", weight=(weight, "e features"))
     _features_of_a_head("unpack_projection", "weight", weight, heads, axis=-1)
@@ -128,6 +130,7 @@ def unpack_output(weight: Array, heads: int) -> Array:
 
     Raises:
         ShapeError: the number of rows is no multiple of heads.
+        OptionError: heads is no integer of at least 1.
     """
     sizes = check_shapes("unpack_output", weight=(weight, "features e"))
     d_v = _features_of_a_head("unpack_output", "weight", weight, heads, axis=-2)
@@ -136,8 +139,9 @@ def unpack_output(weight: Array, heads: int) -> Array:
 
 def _features_of_a_head(function: str, name: str, x: Array, heads: int, *, axis: int) -> int:
     """Return the number of features of a head, or refuse a number that does not divide."""
+    (heads,) = check_counts(function, heads=heads)
     features = x.shape[axis]
-    if heads < 1 or features % heads:
+    if features % heads:
         raise ShapeError(
             f"{name} has {features} features, but heads is {heads}; the first must be a multiple "
             f"of the second {describe(function, {name: x})}"

@@ -7,10 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from refattn.arrays import Array, array_namespace
-from refattn.checks import OptionError, check_floats, check_option, check_shapes, describe
+from refattn.checks import (
+    OptionError,
+    check_counts,
+    check_floats,
+    check_option,
+    check_shapes,
+    describe,
+    is_finite,
+    is_integer,
+    shown,
+)
 from refattn.heads import importance_order
 
 COUNT_RULES = ("floor", "ceil")
@@ -43,19 +55,19 @@ def pruning_order(normalized: Array, *, at_least: int = 0) -> Array:
     Raises:
         ShapeError: normalized does not have two axes.
         DtypeError: normalized is not floating.
-        OptionError: at_least is not between 0 and h.
+        OptionError: at_least is no integer between 0 and h.
     """
     sizes = check_shapes("pruning_order", normalized=(normalized, "layers h"))
     check_floats("pruning_order", normalized=normalized)
     heads = sizes["h"]
-    if not 0 <= at_least <= heads:
+    if not (is_integer(at_least) and 0 <= at_least <= heads):
         raise OptionError(
-            f"at_least is {at_least}, but a layer has {heads} heads; it must lie between 0 and "
-            f"{heads} {describe('pruning_order', {'normalized': normalized})}"
+            f"at_least is {shown(at_least)}, but a layer has {heads} heads; it must lie between 0 "
+            f"and {heads} {describe('pruning_order', {'normalized': normalized})}"
         )
     xp = array_namespace(normalized)
     # the same order read layer by layer: what a layer has left when its last heads are protected
-    left = [heads - at_least] * sizes["layers"]
+    left = [heads - int(at_least)] * sizes["layers"]
     order = []
     ascending = importance_order(normalized)
     for place in range(ascending.shape[0]):
@@ -82,13 +94,15 @@ def prune_count(heads: int, fraction: float | Fraction, *, count_rule: str = "fl
         The number of heads.
 
     Raises:
-        OptionError: fraction is not between 0 and 1, heads is negative, or no such rule.
+        OptionError: fraction is not between 0 and 1, heads is no integer of at least 0, or there
+            is no such rule.
     """
     check_option("prune_count", "count_rule", count_rule, COUNT_RULES)
-    if not 0 <= fraction <= 1:
-        raise OptionError(f"fraction is {fraction}, but it must lie between 0 and 1 [prune_count]")
-    if heads < 0:
-        raise OptionError(f"heads is {heads}, but it must be at least 0 [prune_count]")
+    (heads,) = check_counts("prune_count", least=0, heads=heads)
+    if not (is_finite(fraction) and 0 <= fraction <= 1):
+        raise OptionError(
+            f"fraction is {shown(fraction)}, but it must lie between 0 and 1 [prune_count]"
+        )
     exact = fraction if isinstance(fraction, Fraction) else Fraction(repr(float(fraction)))
     share = heads * exact
     floor = share.numerator // share.denominator
@@ -157,7 +171,8 @@ def prune_heads(
 
     Raises:
         ShapeError: the numbers of heads differ.
-        OptionError: an index is outside 0..h-1 or named twice, or no head would remain.
+        OptionError: heads is no list of integers, an index is outside 0..h-1 or named twice, or
+            no head would remain.
     """
     weights = {"w_query": w_query, "w_key": w_key, "w_value": w_value, "w_output": w_output}
     sizes = check_shapes(
@@ -167,7 +182,7 @@ def prune_heads(
         w_value=(w_value, "h e_s d_v"),
         w_output=(w_output, "h d_v e_o"),
     )
-    gone, h = [int(head) for head in heads], sizes["h"]
+    gone, h = _head_indices(heads), sizes["h"]
     if len(set(gone)) != len(gone) or any(not 0 <= head < h for head in gone):
         raise OptionError(
             f"heads is {gone}, but there are {h} heads; each index must lie between 0 and {h - 1} "
@@ -180,3 +195,17 @@ def prune_heads(
     xp = array_namespace(*weights.values())
     remaining = xp.asarray([head for head in range(h) if head not in gone], dtype=xp.int64)
     return PrunedProjections(*(xp.take(w, remaining, axis=0) for w in weights.values()))
+
+
+def _head_indices(heads: Any) -> list[int]:
+    """Return the indices of heads as Python's integers.
+
+    Raises:
+        OptionError: they are no list of integers.
+    """
+    listed = heads.tolist() if isinstance(heads, np.ndarray) else heads
+    if not (isinstance(listed, Sequence) and all(map(is_integer, listed))):
+        raise OptionError(
+            f"heads is {shown(heads)}, but it must be a list of integers [prune_heads]"
+        )
+    return [int(head) for head in listed]

@@ -6,6 +6,7 @@ The product of the two then depends on their distance alone, and no norm changes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -18,6 +19,7 @@ from refattn.checks import (
     check_option,
     check_shapes,
     describe,
+    is_integer,
 )
 from refattn.rope_frequencies import Variant, rope_frequencies
 from refattn.rope_tables import RopeTables, tables_of
@@ -188,9 +190,10 @@ def check_positions(function: str, x: Array, positions: Array) -> Array:
 
     Raises:
         ShapeError: they fit no axis of x.
+        DtypeError: x is no array, or positions are neither an array nor a list of integers.
     """
-    if not hasattr(positions, "shape"):
-        positions = array_namespace(x).asarray(positions)
+    if isinstance(positions, Sequence) and all(map(is_integer, positions)):
+        positions = array_namespace(x).asarray(list(positions))
     check_shapes(function, x=(x, "... n d"), positions=(positions, "... n"))
     axes = len(positions.shape)
     if axes > 2 or (axes == 2 and (len(x.shape) < 3 or positions.shape[0] != x.shape[0])):

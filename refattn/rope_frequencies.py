@@ -12,7 +12,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal, localcontext
 from typing import Any, NamedTuple, TypeAlias
 
 from refattn.checks import OptionError, check_finite, check_positive
-from refattn.rope_variants import Numbers, check_rotary_dim, check_variant
+from refattn.rope_variants import Numbers, check_rotary_dim, check_variant, exact
 
 DIGITS = 100
 """Decimal digits of every frequency; a position of 2^32 costs ten of them."""
@@ -76,7 +76,7 @@ def rope_frequencies(
     check_positive(name, base=base)
     kind, numbers = check_variant(name, rotary_dim, variant)
     with localcontext(Context(prec=DIGITS)):
-        theta = RULES[kind](Decimal(base), rotary_dim, numbers)
+        theta = RULES[kind](exact(base), int(rotary_dim), numbers)
         factor = attention_factor(kind, numbers)
     return RopeFrequencies(tuple(_limited(theta)), factor)
 
@@ -90,7 +90,7 @@ def one_frequency(frequency: float) -> RopeFrequencies:
         OptionError: it is not finite, or beyond `LARGEST_FREQUENCY`.
     """
     check_finite("one_frequency", frequency=frequency)
-    return RopeFrequencies(tuple(_limited([Decimal(frequency)])), Decimal(1))
+    return RopeFrequencies(tuple(_limited([exact(frequency)])), Decimal(1))
 
 
 def _limited(theta: list[Decimal]) -> list[Decimal]:

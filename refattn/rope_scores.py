@@ -16,6 +16,7 @@ from refattn.attention_backward import attention_backward
 from refattn.checks import check_floats, check_shapes
 from refattn.rope import RopeOptions, rope, rope_backward, table_dtype
 from refattn.rope_forms import rotation_matrix
+from refattn.rope_tables import host_positions
 
 
 class PositionAware(NamedTuple):
@@ -262,9 +263,10 @@ def _relative_rotations(
         key_positions=(n, "n_k"),
     )
     check_floats(function, query=query, key=key)
-    return rotation_matrix(
-        n[None, :] - m[:, None], d=sizes["d"], base=base, dtype=table_dtype(query)
-    )
+    # on the host as int64: positions may be unsigned, and their distances negative
+    steps = host_positions(n)[None, :] - host_positions(m)[:, None]
+    steps = array_namespace(query).asarray(steps, device=query.device)
+    return rotation_matrix(steps, d=sizes["d"], base=base, dtype=table_dtype(query))
 
 
 def _check_weights(function: str, x: Array, w_query: Array, w_key: Array, w_value: Array) -> None:

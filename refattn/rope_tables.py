@@ -16,7 +16,14 @@ import numpy as np
 from array_api_compat import is_cupy_array, is_torch_array, to_device
 
 from refattn.arrays import Array, array_namespace, dtype_name
-from refattn.checks import DtypeError, OptionError, ShapeError, check_option, describe
+from refattn.checks import (
+    DtypeError,
+    OptionError,
+    ShapeError,
+    check_arrays,
+    check_option,
+    describe,
+)
 from refattn.rope_frequencies import DIGITS, PI, RopeFrequencies, Variant, rope_frequencies
 
 LARGEST_POSITION = 2**32 - 1
@@ -94,7 +101,7 @@ def tables_of(
     Spec: OWN-ROPE3, OWN-ROPE5.
     """
     check_option("rope_tables", "dtype", dtype, TABLE_DTYPES)
-    m = _host_positions(positions)
+    m = host_positions(positions)
     cosine, sine = _rounded_tables(m.reshape(-1), frequencies, dtype)
     shape = (*m.shape, len(frequencies.theta))
     theta = np.asarray([round_decimal(t, dtype) for t in frequencies.theta], dtype)
@@ -119,14 +126,15 @@ def round_decimal(value: Decimal, dtype: str) -> float:
     return nearest if odd else math.nextafter(nearest, math.inf if value > nearest else -math.inf)
 
 
-def _host_positions(positions: Array) -> np.ndarray[Any, np.dtype[np.int64]]:
+def host_positions(positions: Array) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return positions as NumPy's int64.
 
     Raises:
-        DtypeError: they are not integers.
+        DtypeError: they are no array, or not integers.
         ShapeError: they are a scalar.
         OptionError: one is beyond `LARGEST_POSITION`.
     """
+    check_arrays("rope_tables", positions=positions)
     where = describe("rope_tables", {"positions": positions})
     if "int" not in dtype_name(positions):
         raise DtypeError(

@@ -5,13 +5,12 @@ Names are those of Hugging Face transformers, without their prefixes and suffixe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, TypeAlias
 
-from refattn.checks import OptionError, check_option
+from refattn.checks import OptionError, check_option, is_finite, is_integer, shown
 
 Numbers: TypeAlias = dict[str, Any]
 """A variant's numbers by name: Decimal, a list of them, or bool for truncate."""
@@ -36,16 +35,16 @@ VARIANTS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 Test: TypeAlias = tuple[str, Callable[[Any], bool]]
 """What a number must be, in words and as a test."""
 
-POSITIVE: Test = ("finite and above zero", lambda v: _is_real(v) and v > 0)
+POSITIVE: Test = ("finite and above zero", lambda v: is_finite(v) and v > 0)
 """The rule of every number without one of its own."""
 
 TESTS: Mapping[str, Test] = {
-    "original_length": ("an integer above zero", lambda v: _is_integer(v) and v > 0),
-    "length": ("an integer above zero", lambda v: _is_integer(v) and v > 0),
+    "original_length": ("an integer above zero", lambda v: is_integer(v) and v > 0),
+    "length": ("an integer above zero", lambda v: is_integer(v) and v > 0),
     "truncate": ("true or false", lambda v: isinstance(v, bool)),
-    "mscale": ("finite and not negative", lambda v: _is_real(v) and v >= 0),
-    "mscale_all_dim": ("finite and not negative", lambda v: _is_real(v) and v >= 0),
-    "partial_rotary_factor": ("from 0 to 1", lambda v: _is_real(v) and 0 <= v <= 1),
+    "mscale": ("finite and not negative", lambda v: is_finite(v) and v >= 0),
+    "mscale_all_dim": ("finite and not negative", lambda v: is_finite(v) and v >= 0),
+    "partial_rotary_factor": ("from 0 to 1", lambda v: is_finite(v) and 0 <= v <= 1),
 }
 """The numbers with a rule of their own."""
 
@@ -59,9 +58,9 @@ def check_rotary_dim(function: str, rotary_dim: int) -> None:
     Raises:
         OptionError: it is no integer, odd, or below 2.
     """
-    if not _is_integer(rotary_dim) or rotary_dim < 2 or rotary_dim % 2:
+    if not is_integer(rotary_dim) or rotary_dim < 2 or rotary_dim % 2:
         raise OptionError(
-            f"rotary_dim is {rotary_dim!r}, but it must be even and at least 2 [{function}]"
+            f"rotary_dim is {shown(rotary_dim)}, but it must be even and at least 2 [{function}]"
         )
 
 
@@ -75,7 +74,7 @@ def check_variant(
     """
     if variant is not None and not isinstance(variant, Mapping):
         raise OptionError(
-            f'variant is {variant!r}, but it must be an object {{"kind": ...}} [{function}]'
+            f'variant is {shown(variant)}, but it must be an object {{"kind": ...}} [{function}]'
         )
     given = dict(variant or {"kind": "default"})
     kind = given.pop("kind", None)
@@ -108,11 +107,16 @@ def _exact(function: str, kind: str, name: str, value: Any, rotary_dim: int) -> 
     words, test = TESTS.get(name, POSITIVE)
     if not test(value):
         raise OptionError(
-            f"variant {kind} has {name} {value!r}, but it must be {words} [{function}]"
+            f"variant {kind} has {name} {shown(value)}, but it must be {words} [{function}]"
         )
     if isinstance(value, bool):
         return value
-    return Decimal(int(value) if isinstance(value, Integral) else float(value))
+    return exact(value)
+
+
+def exact(number: Any) -> Decimal:
+    """Return the real number that an integer or a float is."""
+    return Decimal(int(number) if isinstance(number, Integral) else float(number))
 
 
 def _check_company(function: str, kind: str, numbers: Numbers, rotary_dim: int) -> None:
@@ -140,13 +144,3 @@ def _check_company(function: str, kind: str, numbers: Numbers, rotary_dim: int) 
         problem = "variant longrope has original_length 1, but its logarithm must not be zero"
     if problem:
         raise OptionError(f"{problem} [{function}]")
-
-
-def _is_real(value: Any) -> bool:
-    """Tell whether a value is a finite number, and not a bool."""
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
-
-
-def _is_integer(value: Any) -> bool:
-    """Tell whether a value is an integer, and not a bool."""
-    return not isinstance(value, bool) and isinstance(value, Integral)

@@ -15,10 +15,12 @@ from refattn.arrays import Array, array_namespace, narrow, widen
 from refattn.checks import (
     OptionError,
     ShapeError,
+    check_arrays,
     check_floats,
     check_option,
     check_shapes,
     describe,
+    given,
 )
 
 CONTRACTS: dict[str, dict[str, str]] = {
@@ -56,7 +58,8 @@ def check_score(
         ShapeError, DtypeError, OptionError: an argument is refused.
     """
     check_option(function, "kind", kind, CONTRACTS)
-    arrays = {"d_scores": d_scores, "query": query, "key": key, **weights}
+    arrays = {"query": query, "key": key} | given(d_scores=d_scores, **weights)
+    check_arrays(function, **arrays)
     for name, weight in weights.items():
         needed = name in CONTRACTS[kind]
         if needed != (weight is not None):
@@ -70,7 +73,7 @@ def check_score(
         function,
         query=(query, "n_q d_q"),
         key=(key, f"n_k {width}"),
-        d_scores=(d_scores, "n_q n_k"),
+        d_scores=(d_scores, "n_q n_k or None"),
         **shapes,
     )
     for letter, size in sizes.items():
@@ -78,7 +81,7 @@ def check_score(
             raise ShapeError(
                 f"{letter} is 0, but every size must be at least 1 {describe(function, arrays)}"
             )
-    check_floats(function, **{name: a for name, a in arrays.items() if a is not None})
+    check_floats(function, **arrays)
 
 
 def unit_rows(x: Array) -> UnitRows:

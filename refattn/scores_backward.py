@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refattn.arrays import Array, array_namespace, narrow, widen
+from refattn.checks import check_arrays
 from refattn.scores import UnitRows, check_score, unit_rows
 
 
@@ -66,6 +67,7 @@ def score_backward(
         OptionError: no such kind, a weight is missing, or is given to a kind that takes none.
     """
     weights = {"w_query": w_query, "w_key": w_key, "v": v, "weight": weight, "strength": strength}
+    check_arrays("score_backward", d_scores=d_scores)
     check_score("score_backward", kind, query, key, weights, d_scores)
     xp = array_namespace(query)
     de, q, k = widen(d_scores), widen(query), widen(key)

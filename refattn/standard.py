@@ -13,7 +13,7 @@ import numpy as np
 from refattn.arrays import Array, array_namespace, narrow, widen
 from refattn.checks import check_floats, check_shapes
 from refattn.flash_backward import FlashGradients
-from refattn.options import check_memory
+from refattn.options import check_matrices
 from refattn.tiles import check_lead, check_operands
 
 
@@ -52,8 +52,9 @@ def standard_attention(
         OptionError: the scale is not finite.
         MemoryLimitError: the (n_q, n_k) matrices do not fit into the free memory.
     """
-    sizes = check_operands("standard_attention", query, key, value, scale=scale, keys=1)
-    check_memory("standard_attention", query, sizes)
+    sizes = check_operands("standard_attention", query, key, value, scale=scale)
+    check_matrices("standard_attention", query, sizes)
+    scale = float(scale)
     xp = array_namespace(query)
     Q, K, V = widen(query), widen(key), widen(value)
     S = scale * (Q @ xp.matrix_transpose(K))  # line 1
@@ -99,7 +100,8 @@ def standard_attention_backward(
         MemoryLimitError: the (n_q, n_k) matrices do not fit into the free memory.
     """
     function = "standard_attention_backward"
-    check_memory(function, query, check_operands(function, query, key, value, scale=scale, keys=1))
+    check_matrices(function, query, check_operands(function, query, key, value, scale=scale))
+    scale = float(scale)
     arrays = {"query": query, "d_output": d_output, "weights": weights}
     check_shapes(
         function,

@@ -12,10 +12,16 @@ from refattn.checks import (
     DtypeError,
     OptionError,
     ShapeError,
+    check_arrays,
+    check_computable,
     check_finite,
+    check_flag,
     check_floats,
     check_shapes,
     describe,
+    given,
+    is_finite,
+    shown,
 )
 from refattn.masks import position_offset
 
@@ -47,14 +53,14 @@ def join(blocks: list[Array], like: Array) -> Array:
 
 
 def check_operands(
-    function: str, query: Array, key: Array, value: Array, *, scale: float | None, keys: int = 0
+    function: str, query: Array, key: Array, value: Array, *, scale: float = 1.0
 ) -> dict[str, int]:
-    """Check what the passes ask of their operands and return n_q, n_k, d_k and d_v.
+    """Check operands whose leading axes are equal, and return n_q, n_k, d_k and d_v.
 
     Raises:
-        ShapeError: shapes do not fit, or there is no feature, or fewer keys than `keys`.
-        DtypeError: dtypes are not floating or differ.
-        OptionError: the scale is not finite.
+        ShapeError: shapes do not fit, or there is no feature or no key.
+        DtypeError: an operand is no array, or dtypes are not floating or differ.
+        OptionError: the scale is not finite, or overflows in the computing dtype.
     """
     arrays = {"query": query, "key": key, "value": value}
     sizes = check_shapes(
@@ -65,14 +71,14 @@ def check_operands(
     )
     for name in ("key", "value"):
         check_lead(function, arrays, name, "query")
-    for letter, least in (("d_k", 1), ("n_k", keys)):
-        if sizes[letter] < least:
+    for letter in ("n_k", "d_k"):
+        if sizes[letter] == 0:
             raise ShapeError(
-                f"key has {letter}={sizes[letter]}, but at least {least} is needed "
-                f"{describe(function, arrays)}"
+                f"key has {letter}=0, but it must be at least 1 {describe(function, arrays)}"
             )
     check_floats(function, **arrays)
     check_finite(function, scale=scale)
+    check_computable(function, query, scale=scale)
     return sizes
 
 
@@ -108,27 +114,31 @@ def masking(
 
     Raises:
         ShapeError: mask or keep does not broadcast to (..., n_q, n_k).
-        DtypeError: mask or keep is not bool.
-        OptionError: alignment is unknown, or keep comes without its probability.
+        DtypeError: mask or keep is no array, or not bool.
+        OptionError: alignment is unknown, causal is no flag, or keep comes without its probability.
     """
+    check_arrays(function, query=query, **given(mask=mask, keep=keep))
+    check_flag(function, causal=causal)
     shape = (*query.shape[:-1], key.shape[-2])
     offset = position_offset(
         function, shape[-2], shape[-1], alignment=alignment, xp=array_namespace(query)
     )
     if not isinstance(offset, int):
         raise OptionError(
-            f"alignment is {alignment!r}, but a pass by tiles takes one offset [{function}]"
+            f"alignment is {shown(alignment)}, but a pass by tiles takes one offset [{function}]"
         )
     if (keep is None) != (keep_probability is None):
         raise OptionError(
             f"keep is {'absent' if keep is None else 'given'}, but keep_probability is "
-            f"{keep_probability}; they come together [{function}]"
+            f"{shown(keep_probability)}; they come together [{function}]"
         )
-    if keep_probability is not None and not 0 < keep_probability <= 1:
-        raise OptionError(
-            f"keep_probability is {keep_probability}, but it must be above 0 and at most 1 "
-            f"[{function}]"
-        )
+    if keep_probability is not None:
+        if not (is_finite(keep_probability) and 0 < keep_probability <= 1):
+            raise OptionError(
+                f"keep_probability is {shown(keep_probability)}, but it must be above 0 and at "
+                f"most 1 [{function}]"
+            )
+        check_computable(function, query, keep_probability=keep_probability)
     return Masking(
         mask=_broadcast(function, "mask", mask, shape),
         offset=offset if causal else None,
@@ -180,6 +190,9 @@ def kept_cells(rules: Masking, rows: slice, cols: slice) -> Array | None:
 def product_over_allowed(weights: Array, block: Array, allowed: Array) -> Array:
     """Return a matrix product whose sums run over the allowed cells only.
 
+    0 · NaN is NaN, so a weight of 0 does not hide a forbidden cell: the entries of the block that
+    are not finite are left out of the product, and added feature by feature where allowed.
+
     Spec: OWN-POISON1.
 
         Y_id = Σ_{j allowed for i} W_ij X_jd
@@ -194,13 +207,14 @@ def product_over_allowed(weights: Array, block: Array, allowed: Array) -> Array:
     """
     xp = array_namespace(weights)
     finite = xp.isfinite(block)
-    product = weights @ xp.where(finite, block, xp.zeros_like(block))
     if bool(xp.all(finite)):
-        return product
-    # 0 · NaN is NaN, so a weight of 0 does not hide a forbidden cell: choose, then multiply
-    rest = xp.where(finite, xp.zeros_like(block), block)[..., None, :, :]
-    chosen = xp.where(allowed[..., None], rest, xp.zeros_like(rest))
-    return product + xp.sum(weights[..., None] * chosen, axis=-2)
+        return weights @ block
+    nothing, rest = xp.zeros_like(weights), []
+    for d in range(block.shape[-1]):
+        read = allowed & ~finite[..., None, :, d]
+        terms = xp.where(read, weights * block[..., None, :, d], nothing)
+        rest.append(xp.sum(terms, axis=-1))
+    return weights @ xp.where(finite, block, xp.zeros_like(block)) + xp.stack(rest, axis=-1)
 
 
 def shift(row_max: Array) -> Array:
@@ -228,4 +242,4 @@ def default_scale(scale: float | None, d_k: int) -> float:
 
     Spec: OWN-SCALE1.
     """
-    return 1.0 / math.sqrt(d_k) if scale is None else scale
+    return 1.0 / math.sqrt(d_k) if scale is None else float(scale)

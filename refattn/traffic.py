@@ -42,9 +42,9 @@ def hbm_traffic(*, n_q: int, n_k: int, d: int, sram: int, algorithm: str) -> Tra
     Raises:
         OptionError: a number is not an integer of at least 1, or the algorithm is unknown.
     """
-    check_counts("hbm_traffic", n_q=n_q, n_k=n_k, d=d, sram=sram)
+    sizes = check_counts("hbm_traffic", n_q=n_q, n_k=n_k, d=d, sram=sram)
     check_option("hbm_traffic", "algorithm", algorithm, ALGORITHMS)
-    return ALGORITHMS[algorithm](n_q, n_k, d, sram)
+    return ALGORITHMS[algorithm](*sizes)
 
 
 def least_traffic(*, n_q: int, n_k: int, d: int) -> Traffic:
@@ -66,7 +66,7 @@ def least_traffic(*, n_q: int, n_k: int, d: int) -> Traffic:
     Raises:
         OptionError: a number is not an integer of at least 1.
     """
-    check_counts("least_traffic", n_q=n_q, n_k=n_k, d=d)
+    n_q, n_k, d = check_counts("least_traffic", n_q=n_q, n_k=n_k, d=d)
     return Traffic(reads=(n_q + 2 * n_k) * d, writes=n_q * d)
 
 

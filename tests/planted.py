@@ -139,3 +139,16 @@ def overwrites(query, key, value):
 
 
 number = 3
+
+
+def positional_only(query, key, value, /):
+    return _attend(query, key, value)
+
+
+def one_more(query, key, value, temperature):
+    return _attend(query / temperature, key, value)
+
+
+class Attention:
+    def __init__(self, query, key, value):
+        self.output = _attend(query, key, value)["output"]

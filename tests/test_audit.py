@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hand_cases import make_case
+from planted import correct
 from refattn import cli
 from refattn.audit import report
 from refattn.audit.capabilities import ANY, FEATURES, Capabilities, conventions, refusal
@@ -40,6 +41,12 @@ def _audit(name: str, cases: Sequence[Case] = ALL, **options: Any) -> list[Resul
     options = {"dtypes": ("float64", "float32"), **options}
     profile = options.pop("profile", "")
     return list(run(load_subject(f"planted:{name}", **options), cases, profile=profile))
+
+
+def _said(results: list[Result]) -> str:
+    pack = SimpleNamespace(size="core", root_hash="0" * 64)
+    subject = load_subject("planted:correct")
+    return report.precision(report.summary(subject, pack, results))  # type: ignore[arg-type]
 
 
 def _verdicts(results: list[Result]) -> dict[str, str]:
@@ -176,18 +183,29 @@ def test_a_layout_is_undone_on_the_way_in_and_out() -> None:
 
 
 def test_the_precision_is_measured_and_not_believed() -> None:
-    everywhere = "every run"
-    right = measured(_audit("correct"))
-    assert right == {"float64": ("fp64", everywhere), "float32": ("fp32", everywhere)}
+    assert measured(_audit("correct"))["float64"]["fp64"] == (4, 4)
     results = _audit("in_float32", [PLAIN])
     assert {r.status for r in results if r.dtype == "float64"} == {FAIL}
-    assert measured(results) == {"float64": ("fp32", everywhere), "float32": ("fp32", everywhere)}
+    assert measured(results)["float64"]["fp64"] == (0, 1)
+    assert _said(results) == (
+        "Declared precision: fp32, fp64. Measured: at least as exact as the bounds of "
+        "fp32 in float64, fp32 in float32."
+    )
 
 
-def test_a_wrong_run_does_not_hide_the_precision_of_the_right_ones() -> None:
-    found = measured(_audit("bottom_right", [PLAIN, CAUSAL]))
-    assert found["float64"] == ("fp64", "every passing run")
-    assert measured(_audit("not_a_number", [PLAIN], capabilities=("cross_lengths",))) == {}
+def test_a_precision_is_not_claimed_from_the_passing_runs_alone() -> None:
+    results = [r for r in _audit("bottom_right", [PLAIN, CAUSAL]) if r.dtype == "float64"]
+    assert measured(results)["float64"]["fp64"] == (1, 2)
+    assert "no profile was met in every run in float64 (fp64 in 1 of 2)" in _said(results)
+    nothing = _audit("not_a_number", [PLAIN], capabilities=("cross_lengths",))
+    assert "no profile was met in every run in float64 (fp64 in 0 of 1)" in _said(nothing)
+
+
+def test_a_profile_that_no_case_has_bounds_of_is_not_reported_as_met() -> None:
+    bounds = {"fp64": PLAIN.bounds["fp64"]}
+    (right,) = _audit("correct", [replace(PLAIN, bounds=bounds, dtypes=("float64",))])
+    assert measured([right])["float64"]["bf16"] == (0, 0)
+    assert "bf16" not in _said([right])
 
 
 def test_a_signature_shows_what_is_offered() -> None:
@@ -215,6 +233,13 @@ def test_a_declaration_of_the_function_or_its_module_is_read() -> None:
 @pytest.mark.parametrize(
     ("declared", "sentence"),
     [
+        ({"features": 3}, "has features=3, but it must be a list of words"),
+        ({"features": [["mask"]]}, "must be a list of words"),
+        ({"dtypes": "float64"}, "has dtypes='float64', but it must be a list of words"),
+        ({"conventions": ["empty_row"]}, "must be a dict of words"),
+        ({"conventions": {"empty_row": []}}, "must be a dict of words"),
+        ({"layout": ["bhnd"]}, "has layout=['bhnd'], but it must be a word"),
+        ({"ops": None}, "has ops=None, but it must be a list of words"),
         (["mask"], "must be a dict"),
         ({"feature": []}, "has feature, but its keys are"),
         ({"features": ["masks"]}, "capability masks is unknown"),
@@ -237,6 +262,11 @@ def test_a_declaration_with_an_unknown_word_is_refused(declared: Any, sentence: 
         ("planted:absent", "module planted has no absent"),
         ("planted:number", "planted:number is int, but it must be callable"),
         ("torch", "subject is torch, but it must be module:function or one of torch-sdpa"),
+        ("./planted.py:correct", "but a module is named, not a file: module:function"),
+        ("os:getcwd", "os:getcwd takes (), but it is called with query, key and value by name"),
+        ("planted:positional_only", "is called with query, key and value by name: "),
+        ("planted:one_more", "missing a required argument: 'temperature'"),
+        ("planted:Attention", "planted:Attention is a class, but it must be a function"),
     ],
 )
 def test_a_subject_that_is_not_there_is_refused(text: str, sentence: str) -> None:
@@ -299,7 +329,49 @@ def test_a_profile_without_bounds_is_not_met_by_a_wrong_output() -> None:
     (wrong,) = _audit("not_a_number", [case], capabilities=("cross_lengths",))
     (right,) = _audit("correct", [case])
     assert wrong.met == frozenset()
-    assert {"fp64", "fp32", "bf16"} <= right.met
+    assert right.met == {"fp64", "fp32"}
+    found = measured([right, wrong])["float64"]
+    assert found["fp64"] == (1, 2)
+    assert found["bf16"] == (0, 1)
+
+
+def test_a_profile_without_bounds_is_not_run() -> None:
+    case = replace(PLAIN, bounds={"fp64": PLAIN.bounds["fp64"]})
+    results = {r.dtype: r for r in _audit("correct", [case])}
+    assert results["float64"].status == PASS
+    assert (results["float32"].status, results["float32"].reason) == (
+        NOT_RUN,
+        "the case has no bounds of profile fp32",
+    )
+
+
+def test_a_result_in_another_dtype_than_its_inputs_fails_the_rounding_clause_alone() -> None:
+    case = replace(PLAIN, clauses=("VAS-EQ1", "OWN-ROUND1"))
+
+    def wide(query: Any, key: Any, value: Any) -> Any:
+        output = correct(query, key, value)["output"]
+        return output.astype(np.float64)
+
+    offered = Capabilities(features=frozenset({"cross_lengths"}), dtypes=("float64", "float32"))
+    subject = from_callable(wide, "wide")._replace(capabilities=offered)
+    results = list(run(subject, [case], dtypes=("float64", "float32")))
+    assert [r.status for r in results] == [PASS, FAIL]
+    verdicts = {v.id: v for v in by_clause(results)}
+    assert (verdicts["VAS-EQ1"].status, verdicts["OWN-ROUND1"].status) == (PASS, FAIL)
+    assert verdicts["OWN-ROUND1"].finding.startswith(
+        "output has dtype float64, but its inputs have float32"
+    )
+
+
+def test_a_wider_logsumexp_is_right() -> None:
+    case = replace(PLAIN, clauses=("VAS-EQ1", "OWN-ROUND1"))
+
+    def wide(query: Any, key: Any, value: Any) -> Any:
+        found = correct(query, key, value)
+        return found["output"], found["logsumexp"].astype(np.float64)
+
+    (result,) = run(from_callable(wide, "wide"), [case], dtypes=("float32",))
+    assert result.status == PASS
 
 
 def test_every_word_that_a_vector_of_attention_requires_can_be_declared() -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from refattn import check, cli, coverage, spec_text
 from refattn.backends import BACKENDS, CLAIMS
-from refattn.cli.out import aligned, plain
+from refattn.cli.out import aligned, plain, print_table
+from refattn.vectors.pack import core_pack
 
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -83,8 +89,6 @@ def test_a_missing_extra_names_the_command_that_installs_it(
 
 
 def test_every_optional_module_is_in_the_extra_that_is_named() -> None:
-    import tomllib
-
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8")
     extras = tomllib.loads(text)["project"]["optional-dependencies"]
     packages = {"flint": "python-flint", "jaxlib": "jax"}
@@ -133,6 +137,7 @@ def test_a_stale_coverage_table_is_a_finding(
 ) -> None:
     root = tmp_path / "spec"
     root.mkdir()
+    (tmp_path / "tests").mkdir()
     shutil.copy(spec_text.spec_root() / "clauses.toml", root)
     monkeypatch.setattr(spec_text, "spec_root", lambda: root)
     assert cli.main(["spec", "coverage", "--check"]) == 1
@@ -142,6 +147,124 @@ def test_a_stale_coverage_table_is_a_finding(
     assert (root / "coverage.md").read_text("utf-8").startswith(coverage.TITLE)
     (root / "coverage.md").write_text("# Coverage\n", "utf-8")
     assert cli.main(["spec", "coverage", "--check"]) == 1
+
+
+@pytest.mark.parametrize("word", ["--check", "--write"])
+def test_without_the_tests_the_coverage_table_is_neither_judged_nor_written(
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "spec_files"
+    root.mkdir()
+    shutil.copy(spec_text.spec_root() / "clauses.toml", root)
+    monkeypatch.setattr(spec_text, "spec_root", lambda: root)
+    assert cli.main(["spec", "coverage", word]) == 2
+    shown = capsys.readouterr()
+    assert "they come with the source, not the wheel" in shown.err
+    assert shown.err.count("\n") == 1
+    assert not (root / "coverage.md").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check", "--clause", "OWN-SINK1", "--dtype", "float64"],
+        ["check", "--clause", "OWN-SINK1", "--dtype", "float64", "--json"],
+        ["spec", "list"],
+        ["vectors", "list", "--json"],
+    ],
+)
+def test_a_reader_that_leaves_early_ends_a_command_quietly(words: list[str]) -> None:
+    command = [sys.executable, "-m", "refattn", *words]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    shown = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, check=False)
+    os.close(write_end)
+    assert (shown.returncode, shown.stderr) == (0, b"")
+
+
+def test_a_closed_output_is_written_nowhere() -> None:
+    command = f"{sys.executable} -m refattn spec list >&-"
+    shown = subprocess.run(command, shell=True, capture_output=True, check=False)
+    assert (shown.returncode, shown.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_an_output_that_is_full_is_one_sentence() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "refattn", "spec", "list"]
+        shown = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert shown.returncode == 2
+    assert shown.stderr.startswith("refattn: the output cannot be written: ")
+    assert shown.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "latin-1"},
+        {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    ],
+)
+def test_what_a_terminal_cannot_show_is_a_question_mark(environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "refattn", "check", "--clause", "OWN-SINK1"]
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONIOENCODING"}
+    shown = subprocess.run(command, capture_output=True, env=kept | environment, check=False)
+    assert (shown.returncode, shown.stderr) == (0, b"")
+    assert b"OWN-SINK1" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["vectors", "generate", ""], ["vectors", "list", "--pack="], ["check", "--clause", ""]],
+)
+def test_an_empty_argument_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err == (
+        "refattn: an argument is empty, but each must say something\n"
+    )
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 300])
+def test_no_id_is_cut_in_a_narrow_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    seen = Terminal()
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys, "stdout", seen)
+    rows = [(id_, *["ok 0.12 (109)"] * 4) for id_ in spec_text.load_clauses()]
+    print_table(("clause", *["numpy-tiled float32"] * 4), rows)
+    lines = seen.getvalue()
+    assert all(re.search(rf"(^|│ ){row[0]}( |$)", lines, re.MULTILINE) for row in rows)
+
+
+def test_check_says_why_runs_were_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["check", "--clause", "OWN-SINK1", "--backend", "numpy-tiled", "--backend", "numpy"]
+    assert cli.main([*words, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    reasons = shown["not_run_reasons"]
+    assert sum(reasons.values()) == shown["not_run"] > 0
+    assert all(why.startswith("numpy-tiled: the case has ") for why in reasons)
+    assert cli.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"not run: {max(reasons.values())} runs: {next(iter(reasons))}" in lines
+
+
+def test_a_case_without_bounds_of_a_dtype_is_not_run() -> None:
+    case = next(case for case in core_pack().cases if case.op == "alibi")
+    bounds = {"fp64": case.bounds["fp64"]}
+    found = check.run(check.Job(replace(case, bounds=bounds), "numpy", "float32"))
+    assert (found.verdict, found.reason) == ("not run", "the case has no bounds of profile fp32")
+
+
+def test_the_command_line_needs_a_typer_that_runs_its_commands() -> None:
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8")
+    floors = tomllib.loads(text)["project"]["dependencies"]
+    assert "typer>=0.15.1" in floors
+    assert all(re.fullmatch(r"[a-z-]+>=[0-9.]+", floor) for floor in floors)  # .ci/run pins them
 
 
 def test_check_proves_the_vectors_of_a_clause(capsys: pytest.CaptureFixture[str]) -> None:

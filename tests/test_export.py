@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,6 +51,39 @@ def test_an_archive_holds_every_tensor_and_needs_no_pickle(tmp_path):
         assert set(archive.files) == set(expected)
         assert all(np.array_equal(archive[n], x, equal_nan=True) for n, x in expected.items())
     assert json.loads((tmp_path / "new" / f"{case.id}.json").read_text())["id"] == case.id
+
+
+def test_an_archive_holds_no_more_where_savez_takes_every_keyword_for_an_array(
+    tmp_path, monkeypatch
+):
+    seen = {}
+
+    def savez_of_numpy_2_1(file, *args, **arrays):
+        seen.update(arrays)
+
+    monkeypatch.setattr(np, "savez", savez_of_numpy_2_1)
+    case = CASES["score-dot-small"]
+    export([case], tmp_path, "npz")
+    assert set(seen) == {*case.inputs, *case.outputs, *case.units}
+
+
+def test_a_form_whose_package_is_absent_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ModuleNotFoundError):
+        export([CASES["score-dot-small"]], tmp_path / "new", "onnx")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_as_target_is_refused(tmp_path):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(ExportError, match="x is a file, but it must be a folder"):
+        export([], tmp_path / "x", "npz")
+
+
+def test_a_case_without_bounds_in_float32_is_left_out(tmp_path):
+    case = CASES["attention-family-normal"]
+    found = export([replace(case, bounds={"fp64": case.bounds["fp64"]})], tmp_path, "onnx")
+    assert found.left_out == {case.id: "the case has no bounds of profile fp32"}
 
 
 def test_nothing_is_overwritten_silently(tmp_path):

@@ -113,6 +113,39 @@ def test_a_case_that_no_recipe_makes_is_refused(tmp_path):
     assert len(read_pack(tmp_path).cases) == 3
 
 
+def test_a_refused_generation_leaves_nothing_behind(tmp_path, monkeypatch):
+    target = tmp_path / "new"
+    monkeypatch.setitem(sys.modules, "flint", None)
+    for name in [n for n in sys.modules if n.startswith("refattn.certify")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(PackError, match="certification needs flint"):
+        generate(target)
+    assert not target.exists()
+    for stranger in (target / "part" / "small-z", target / "notes"):
+        stranger.mkdir(parents=True)
+        before = sorted(target.rglob("*"))
+        with pytest.raises(PackError, match=f"{stranger.name} is made by no recipe"):
+            generate(target, only=RECIPES, with_=ENGINE)
+        assert sorted(target.rglob("*")) == before
+        stranger.rmdir()
+
+
+def test_a_file_as_target_is_refused(tmp_path):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(PackError, match="x is a file, but it must be a folder"):
+        generate(tmp_path / "x", only=RECIPES, with_=ENGINE)
+
+
+@pytest.mark.parametrize("place", ["write_index", "_trusted", "_results"])
+def test_a_disk_that_fails_anywhere_is_one_sentence(tmp_path, monkeypatch, place):
+    def fail(*_words, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"refattn.vectors.generate.{place}", fail)
+    with pytest.raises(PackError, match="cannot be written: No space left on device"):
+        generate(tmp_path, only=RECIPES, with_=ENGINE)
+
+
 def test_a_case_that_cannot_be_certified_is_named(tmp_path):
     def refuse(op, inputs, parameters, conventions):
         raise ValueError("scores[1, 2] is undecided at 4096 bits")
@@ -195,6 +228,33 @@ def test_killed_midway_and_started_again_the_root_hash_is_the_same(tmp_path, job
     assert lines[-1] == whole
     assert len(lines) - 1 < len(FEW)  # what was whole was kept
     assert _files(tmp_path / "killed") == _files(tmp_path / "whole")
+
+
+def _alive(pids):
+    """Return the processes that still run; one that only waits to be reaped does not."""
+    found = []
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        found += [pid] if state != "Z" else []
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system has no /proc")
+def test_workers_do_not_outlive_a_killed_parent(tmp_path):
+    child = _child(tmp_path, tmp_path / "killed", "slow", 2)
+    assert child.stdout.readline().strip() == "1"
+    children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    assert len(children) >= 2
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    end = time.monotonic() + 20
+    while _alive(children) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert _alive(children) == []
 
 
 def test_verification_makes_every_byte_again_and_proves_a_sample_twice(tmp_path):

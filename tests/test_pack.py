@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -10,7 +11,15 @@ import pytest
 from refattn.errors import RefattnError
 from refattn.vectors.canonical import canonical_json, read_json, sha256
 from refattn.vectors.generate import generate
-from refattn.vectors.pack import PackError, core_pack, read_case, read_pack, root_hash
+from refattn.vectors.ops import misfit
+from refattn.vectors.pack import (
+    PackError,
+    core_pack,
+    read_case,
+    read_pack,
+    root_hash,
+    tensor_record,
+)
 from refattn.vectors.write import case_bytes, rounded_up, stored_unit
 from small_pack import ENGINE, RECIPES
 
@@ -175,12 +184,93 @@ def test_a_pack_reached_by_a_link_reads(pack):
         (lambda d: d["inputs"]["key"].update(sha256="0" * 64), "sha256"),
         (lambda d: d["inputs"].update(mask=d["inputs"]["key"]), "lacks the tensor mask"),
         (lambda d: d["units"].pop("scores.unit"), "does not name"),
+        (lambda d: d.update(clauses=["SCORES-DOT99"]), "there is no clause SCORES-DOT99"),
+        (lambda d: d.update(bounds={}), "bounds of no profile"),
+        (lambda d: d["bounds"]["tf32"].pop("scores"), "bounds of tf32 are for no output"),
+        (lambda d: d["bounds"]["fp32"].update(states=[0, 0, 0]), "bounds of fp32 are for"),
+        (lambda d: d["bounds"]["fp32"].update(scores=[1e308, 1e308, 1e308]), "is not finite"),
+        (lambda d: d["draws"].pop("key"), "key is not both an input and in draws"),
+        (lambda d: d["draws"].update(value=d["draws"]["key"]), "value is not both"),
+        (lambda d: d["parameters"].update(kind="general"), "input of score weight is missing"),
     ],
 )
 def test_a_changed_field_is_refused_by_name(pack, change, words):
     _edit(pack / CASE, change)
     _reindex(pack)
     assert words in _refusal(pack)
+
+
+def _replace_tensors(pack, change):
+    """Change tensors of a case, with case.json and all hashes made right."""
+    from safetensors.numpy import load_file, save
+
+    tensors = load_file(pack / TENSORS)
+    change(tensors)
+    (pack / TENSORS).write_bytes(save(tensors))
+
+    def restate(document):
+        for group in ("inputs", "outputs", "units"):
+            found = {n: tensor_record(tensors[n]) for n in document[group] if n in tensors}
+            document[group] = found
+        known = {n for group in ("inputs", "outputs", "units") for n in document[group]}
+        document["inputs"] |= {n: tensor_record(x) for n, x in tensors.items() if n not in known}
+        document["draws"] = {n: {"kind": "normal", "options": {}} for n in document["inputs"]}
+
+    _edit(pack / CASE, restate)
+    _reindex(pack)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("query"), "the input of score query is missing"),
+        (lambda t: t.pop("scores.unit"), "the unit scores.unit is missing"),
+        (lambda t: t.update(mask=t["key"]), "mask is no input of score here"),
+        (lambda t: t.update(key=t["key"].reshape(-1)), "key has shape (21,), but its axes are"),
+        (lambda t: t.update(key=t["key"][:-1].copy()), "scores has shape (5, 7), but its axes"),
+        (lambda t: t.update(key=t["key"].astype("i8")), "key has dtype int64"),
+        (lambda t: t["scores.unit"].__setitem__(0, np.inf), "scores.unit holds a number"),
+        (lambda t: t["scores.unit_logit"].__setitem__(0, -1), "scores.unit_logit holds a number"),
+    ],
+)
+def test_a_tensor_that_its_operation_does_not_have_is_refused(pack, change, words):
+    _replace_tensors(pack, change)
+    assert words in _refusal(pack)
+
+
+@pytest.mark.parametrize(
+    ("mask", "fits"),
+    [((5, 7), True), ((1, 7), True), ((2, 1, 5, 7), True), ((3, 7), False), ((1,) * 5, False)],
+)
+def test_a_mask_is_broadcast_to_the_logits(mask, fits):
+    shapes = {"query": (2, 3, 5, 4), "key": (2, 3, 7, 4), "value": (2, 3, 7, 6)}
+    inputs = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    inputs["mask"] = np.ones(mask, bool)
+    outputs = {"output": np.zeros((2, 3, 5, 6)), "logsumexp": np.zeros((2, 3, 5))}
+    assert (misfit("attention", {}, inputs, outputs) == "") is fits
+
+
+def test_metadata_in_a_tensor_file_is_refused(pack):
+    data = (pack / TENSORS).read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.dumps({**json.loads(data[8:end]), "__metadata__": {"x": "y"}}).encode()
+    (pack / TENSORS).write_bytes(struct.pack("<Q", len(header)) + header + data[end:])
+    _reindex(pack)
+    assert "holds __metadata__" in _refusal(pack)
+
+
+def test_a_stray_file_beside_the_index_is_refused(pack):
+    (pack / "README.md").write_text("of the pack")
+    assert read_pack(pack)
+    (pack / "notes.txt").write_text("x")
+    assert "holds notes.txt" in _refusal(pack)
+
+
+@pytest.mark.parametrize("name", ["pack.json", CASE, TENSORS])
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(pack, name):
+    (pack / name).unlink()
+    os.mkfifo(pack / name)
+    assert "is no plain file" in _refusal(pack)
 
 
 def test_an_unknown_schema_version_of_the_pack_is_refused(pack):
@@ -195,6 +285,8 @@ def test_an_unknown_schema_version_of_the_pack_is_refused(pack):
         ('{"a": NaN}', "NaN"),
         ('{"a": -Infinity}', "-Infinity"),
         ('{"a": 1e999}', "1e999"),
+        (f'{{"a": {"9" * 400}}}', "which float64 cannot hold"),
+        (f'{{"a": {"9" * 5000}}}', "which float64 cannot hold"),
         ('{"a": ', "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("\xff", "x"),

@@ -46,7 +46,10 @@ def summary(subject: Subject, pack: Pack, results: Sequence[Result]) -> dict[str
         "counts": {status: counts[status] for status in (PASS, FAIL, NOT_RUN)},
         "ok": not counts[FAIL],
         "declared_precision": sorted({r.profile for r in results if r.status != NOT_RUN}),
-        "measured_precision": {d: list(found) for d, found in measured(results).items()},
+        "measured_precision": {
+            dtype: {profile: list(runs) for profile, runs in found.items()}
+            for dtype, found in measured(results).items()
+        },
         "clauses": [
             {
                 "id": v.id,
@@ -78,15 +81,21 @@ def headline(data: dict[str, Any]) -> str:
 
 
 def precision(data: dict[str, Any]) -> str:
-    """Return the sentence about the precision that was measured."""
-    found = [
-        f"{profile} in {dtype} ({scope})"
-        for dtype, (profile, scope) in data["measured_precision"].items()
-    ]
-    return (
-        f"Declared precision: {', '.join(data['declared_precision'])}. Measured precision, the "
-        f"tightest whose bounds were met: {', '.join(found) or 'none'}."
-    )
+    """Return the sentences about the precision that was declared and that was measured."""
+    met, unmet = [], []
+    for dtype, by_profile in data["measured_precision"].items():
+        always = [name for name, (ok, runs) in by_profile.items() if 0 < ok == runs]
+        if always:
+            met.append(f"{always[0]} in {dtype}")
+        else:
+            nearest = max(by_profile, key=lambda name: by_profile[name][0])
+            ok, runs = by_profile[nearest]
+            unmet.append(
+                f"no profile was met in every run in {dtype} ({nearest} in {ok} of {runs})"
+            )
+    shown = [f"at least as exact as the bounds of {', '.join(met)}"] if met else []
+    declared = ", ".join(data["declared_precision"])
+    return f"Declared precision: {declared}. Measured: {'; '.join(shown + unmet)}."
 
 
 MEANING = (

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from refattn.arrays import FLOATS
+from refattn.arrays import FLOATS, numpy_dtype
 from refattn.audit.capabilities import ANY, CONVENTIONS, LAYOUTS, refusal
 from refattn.audit.subject import Arrays, Subject
 from refattn.backends import cast_floats
 from refattn.bounds import PROFILES, profile_of
 from refattn.errors import RefattnError
-from refattn.judge import OutputVerdict, judge
-from refattn.vectors.pack import Case
+from refattn.judge import STATISTICS, OutputVerdict, judge
+from refattn.vectors.pack import Case, unbounded
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
 """The outcomes."""
@@ -43,6 +43,12 @@ LOGSUMEXP_CLAUSES = frozenset({"OWN-LSE1", "NUM-LSE1"})
 BACKWARD_CLAUSES = frozenset({"FA1-ALG3", "FA1-ALG4", "OWN-BACKWARD1", "NUM-BACKWARD1"})
 """Clauses that only gradients can prove."""
 
+ROUNDING_CLAUSE = "OWN-ROUND1"
+"""The clause that fixes the dtype of results."""
+
+DTYPE = " dtype"
+"""Ending of the name under which an output's dtype is judged, for the clause above alone."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -55,8 +61,10 @@ class Result:
     status: str
     reason: str
     outputs: tuple[OutputVerdict, ...] = ()
-    met: frozenset[str] = frozenset(PROFILES)
-    """Profiles whose bounds every output of this case met."""
+    met: frozenset[str] = frozenset()
+    """Profiles whose bounds every output of this run met."""
+    bounded: frozenset[str] = frozenset()
+    """Profiles of which the case has bounds; any other tells nothing."""
 
     @property
     def ratio(self) -> float:
@@ -126,24 +134,23 @@ def run(
 def run_case(subject: Subject, case: Case, dtype: str, profile: str) -> Result:
     """Return the result of one case in one dtype."""
     about = (case.id, case.clauses, dtype, profile)
-    why = refusal(case, dtype, subject.capabilities)
-    if not why and profile not in case.bounds:
-        why = f"the case has no bounds of profile {profile}"
+    why = refusal(case, dtype, subject.capabilities) or unbounded(case, profile)
+    bounded = frozenset(case.bounds)
     if why:
         return Result(*about, NOT_RUN, why)
     try:
         outputs = _call(subject, case, dtype)
     except (Exception, SystemExit) as error:
         message = " ".join(str(error).split())[:300]
-        return Result(*about, FAIL, f"{type(error).__name__}: {message}", met=frozenset())
+        return Result(*about, FAIL, f"{type(error).__name__}: {message}", bounded=bounded)
     if not outputs:
-        return Result(*about, FAIL, "it returned nothing", met=frozenset())
+        return Result(*about, FAIL, "it returned nothing", bounded=bounded)
     judged = _judged(subject, case, outputs)
-    verdict = judge(judged, outputs, profile)
-    met = _met(judged, outputs)
-    first = next((v for v in verdict.outputs if not v.ok), None)
+    met = frozenset(name for name in case.bounds if judge(judged, outputs, name).ok)
+    verdicts = judge(judged, outputs, profile).outputs + _wrong_dtypes(judged, outputs, dtype)
+    first = next((v for v in verdicts if not v.ok), None)
     reason = first.reason if first else ""
-    return Result(*about, FAIL if first else PASS, reason, tuple(verdict.outputs), met)
+    return Result(*about, FAIL if first else PASS, reason, verdicts, met, bounded)
 
 
 def by_clause(results: Sequence[Result]) -> list[ClauseVerdict]:
@@ -156,35 +163,44 @@ def by_clause(results: Sequence[Result]) -> list[ClauseVerdict]:
     return [_clause_verdict(id_, results) for id_ in ids]
 
 
-def measured(results: Sequence[Result]) -> dict[str, tuple[str, str]]:
-    """Return, a dtype, the tightest profile whose bounds every run met, else every passing run.
+def measured(results: Sequence[Result]) -> dict[str, dict[str, tuple[int, int]]]:
+    """Return, a dtype that was run, in how many runs the bounds of each profile were met.
 
     A subject that computes in less than it declares fails in its own profile, but meets a wider
-    one in every run: that is the precision it really ran.
+    one in every run. Formats whose bounds it meets alike cannot be told apart.
 
     Returns:
-        found: dtype -> (profile, "every run" or "every passing run"); a dtype without is absent.
+        found: dtype -> profile, tightest first -> (runs that met its bounds, runs that count).
     """
-    found = {}
+    found: dict[str, dict[str, tuple[int, int]]] = {}
     for dtype in FLOATS:
         judged = [r for r in results if r.dtype == dtype and r.status != NOT_RUN]
-        passing = [r for r in judged if r.status == PASS]
-        for runs, scope in ((judged, "every run"), (passing, "every passing run")):
-            if runs and dtype not in found:
-                shared = frozenset.intersection(*(r.met for r in runs))
-                tightest = next((p for p in TIGHTEST_FIRST[dtype] if p in shared), "")
-                if tightest:
-                    found[dtype] = (tightest, scope)
+        for profile in TIGHTEST_FIRST[dtype] if judged else ():
+            runs = [r for r in judged if profile in r.bounded or not r.met]
+            met = sum(profile in r.met for r in runs)
+            found.setdefault(dtype, {})[profile] = (met, len(runs))
     return found
 
 
-def _met(case: Case, outputs: Arrays) -> frozenset[str]:
-    """Return the profiles whose bounds are met; one that the case has no bounds of tells nothing.
+def _wrong_dtypes(case: Case, outputs: Arrays, dtype: str) -> tuple[OutputVerdict, ...]:
+    """Return a failure for each result that is not in the dtype of the inputs (OWN-ROUND1).
 
-    Such a profile counts as met, but not beside an output that met none at all.
+    Statistics stay in the computing format, and a wider one is right; a run that does not prove
+    the clause is not looked at.
     """
-    met = {profile for profile in case.bounds if judge(case, outputs, profile).ok}
-    return frozenset(met | (set(PROFILES) - set(case.bounds) if met else set()))
+    if ROUNDING_CLAUSE not in case.clauses:
+        return ()
+    return tuple(
+        OutputVerdict(
+            name + DTYPE, False, np.inf, None, None, None, None,
+            f"{name} has dtype {outputs[name].dtype}, but its inputs have {dtype}",
+        )
+        for name in case.outputs
+        if name in outputs
+        and name not in STATISTICS
+        and outputs[name].dtype.kind in "fV"
+        and outputs[name].dtype != numpy_dtype(dtype)
+    )  # fmt: skip
 
 
 def _call(subject: Subject, case: Case, dtype: str) -> Arrays:
@@ -283,6 +299,8 @@ def _evidence(id_: str, result: Result) -> tuple[str, list[OutputVerdict]]:
 
 def _proves(id_: str, output: str) -> bool:
     """Return whether an output can prove a clause."""
+    if output.endswith(DTYPE):
+        return id_ == ROUNDING_CLAUSE
     if id_ in LOGSUMEXP_CLAUSES:
         return output == "logsumexp"
     return output.startswith("d_") == (id_ in BACKWARD_CLAUSES)

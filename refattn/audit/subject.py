@@ -29,8 +29,17 @@ BUNDLED = {
 DECLARATION = "refattn_capabilities"
 """Name of a function's attribute, or of its module's variable, that declares capabilities."""
 
-FIELDS = ("features", "dtypes", "conventions", "layout", "ops")
-"""Keys of a declaration."""
+WORDS = "a list of words"
+"""What most keys of a declaration hold."""
+
+FIELDS = {
+    "features": WORDS,
+    "dtypes": WORDS,
+    "conventions": "a dict of words",
+    "layout": "a word",
+    "ops": WORDS,
+}
+"""Keys of a declaration, and what each holds."""
 
 
 class Subject(NamedTuple):
@@ -68,6 +77,11 @@ def load_subject(
     """
     if text in BUNDLED:
         subject: Subject = importlib.import_module(f"refattn.audit.{BUNDLED[text]}").subject()
+    elif ".py" in text or os.sep in text:
+        raise RefattnError(
+            f"subject is {text}, but a module is named, not a file: module:function, with the "
+            "module in the current folder"
+        )
     elif ":" in text:
         subject = from_callable(_resolve(text), text)
     else:
@@ -101,12 +115,34 @@ def from_callable(function: Callable[..., Any], name: str) -> Subject:
     if declared is None:
         declared = getattr(sys.modules.get(getattr(function, "__module__", "")), DECLARATION, None)
     offered = inferred(function) if declared is None else declaration(declared, name)
+    if "attention" in offered.ops:
+        _check_callable(function, name)
     version = str(getattr(sys.modules.get(name.split(":")[0]), "__version__", ""))
 
     def run(inputs: Arrays, options: dict[str, Any]) -> Arrays:
         return named(function(**inputs, **options))
 
     return Subject(name, version, offered, run)
+
+
+def _check_callable(function: Callable[..., Any], name: str) -> None:
+    """Refuse what cannot be called with query, key and value alone, by these names.
+
+    Raises:
+        RefattnError: it is a class, or its signature does not fit.
+    """
+    if inspect.isclass(function):
+        raise RefattnError(f"{name} is a class, but it must be a function or an object to call")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return  # compiled code may not tell its signature
+    try:
+        signature.bind(query=None, key=None, value=None)
+    except TypeError as error:
+        raise RefattnError(
+            f"{name} takes {signature}, but it is called with query, key and value by name: {error}"
+        ) from error
 
 
 def inferred(function: Callable[..., Any]) -> Capabilities:
@@ -127,7 +163,7 @@ def declaration(declared: Any, name: str) -> Capabilities:
     """Return the capabilities of a declaration.
 
     Raises:
-        RefattnError: it is no dict, or has a word that is unknown.
+        RefattnError: it is no dict, or has a value of another form or a word that is unknown.
     """
     if not isinstance(declared, Mapping):
         raise RefattnError(f"{DECLARATION} of {name} is {declared!r}, but it must be a dict")
@@ -136,6 +172,10 @@ def declaration(declared: Any, name: str) -> Capabilities:
             raise RefattnError(
                 f"{DECLARATION} of {name} has {key}, but its keys are {', '.join(FIELDS)}"
             )
+        if not _holds(FIELDS[key], declared[key]):
+            raise RefattnError(
+                f"{DECLARATION} of {name} has {key}={declared[key]!r}, but it must be {FIELDS[key]}"
+            )
     base = Capabilities()
     return Capabilities(
         features=frozenset(declared.get("features", ())),
@@ -143,6 +183,19 @@ def declaration(declared: Any, name: str) -> Capabilities:
         conventions={**base.conventions, **declared.get("conventions", {})},
         layout=declared.get("layout", base.layout),
         ops=tuple(declared.get("ops", base.ops)),
+    )
+
+
+def _holds(what: str, value: Any) -> bool:
+    """Return whether the value of a declaration's key has its form."""
+    if what == "a word":
+        return isinstance(value, str)
+    if what == "a dict of words":
+        return isinstance(value, Mapping) and all(
+            isinstance(word, str) for pair in value.items() for word in pair
+        )
+    return isinstance(value, (list, tuple, set, frozenset)) and all(
+        isinstance(word, str) for word in value
     )
 
 

@@ -191,7 +191,7 @@ def _row_term(f: Forward, P: Known, A: Known, dO: Known, head: Head) -> Known:
     d_v = head.V.value.shape[1]
     first = contract("ic,ic->i", dO, f.output, d_v)
     count = head.allowed.sum(axis=1)
-    second = contract("ij,ij->i", P, A, count)
+    second = contract("ij,ij->i", stored(P), A, count)  # P may be the rounded one
     return Known(*(x[:, None] for x in larger(first, second)))
 
 

@@ -25,6 +25,10 @@ SECOND_OPERAND = 2.0**-8
 """The v up to which the product of two operand errors is covered: bfloat16's."""
 
 
+REACH_ACCUMULATED = 2.0**-11
+"""The largest effective u of any profile: how far an argument of tanh may be off."""
+
+
 class Known(NamedTuple):
     """A value and the two majorants of its error."""
 
@@ -126,6 +130,6 @@ def tanh(x: Known) -> Known:
 
 def steepest(x: Known) -> Array:
     """Return the largest slope of tanh over the interval that x may lie in."""
-    reach = SECOND_ACCUMULATED * x.accumulated + SECOND_OPERAND * x.operand
+    reach = REACH_ACCUMULATED * x.accumulated + SECOND_OPERAND * x.operand
     nearest = np.minimum(np.maximum(np.abs(x.value) - reach, 0.0), 300.0)
     return np.asarray(np.cosh(nearest) ** -2)

@@ -10,6 +10,7 @@ from refattn.certify.cells import Tensors, allowed_cells
 from refattn.certify.floor_units import new_track, observe
 from refattn.certify.head_units import Forward, Head
 from refattn.certify.majorant import Known, contract, exact, stored, times
+from refattn.certify.multihead_floors import Sizes, multihead_floors
 
 
 class Problem(NamedTuple):
@@ -53,7 +54,14 @@ def multihead_units(
             found["d_head_gates"] = contract("bhnd,bhnd->h", outputs, stored(dO), length)
     widths = (w.value.shape[a] for w, a in ((x.W_q, 1), (x.W_k, 1), (x.W_o, 2), (x.W_o, 1)))
     track["shortest"] = min(track["shortest"], *map(float, widths))
-    return {n: stored(k) for n, k in found.items()}, {**track, **_floors(x, track, found)}
+    track["cotangent_max"] = 0.0 if dZ is None else float(np.max(np.abs(dZ.value), initial=0.0))
+    track["peak"] = max(track["peak"], _peak(x, gated))
+    sizes = _sizes(x)
+    track["longest"] = max(track["longest"], *sizes[:3], sizes.heads * sizes.d_v)
+    return {n: stored(k) for n, k in found.items()}, {
+        **track,
+        **multihead_floors(sizes, track, list(found)),
+    }
 
 
 def _heads(
@@ -112,19 +120,26 @@ def _input_gradients(x: Problem, gradients: list[Known]) -> dict[str, Known]:
     }
 
 
-def _floors(x: Problem, track: dict[str, float], found: dict[str, Known]) -> dict[str, float]:
-    """Bound underflow coarsely: one event anywhere, times the largest product it can enter."""
-    t = track
-    largest = max(1.0, *(float(np.max(np.abs(k.value), initial=0.0)) for k in x))
-    inner = max(1.0, t["query_max"], t["key_max"], t["value_max"], t["d_output_max"])
-    width = max(k.value.size for k in (x.W_q, x.W_k, x.W_v, x.W_o))
-    events = 4.0 * (t["terms"] + t["rows"] + 1)
-    lost = events * inner**2 * largest * max(1.0, t["scale"]) * t["features"]
-    few = (t["small"] + t["small_key"] + t["features"] + 1) * inner**2 * largest
-    backwards = t["d_output_max"] > 0
-    result = {}
-    for name in found:
-        power = inner * width if backwards and name != "output" else 1.0
-        result[f"{name}.floor"] = lost * width * power
-        result[f"{name}.floor_operand"] = few * power
-    return result
+def _peak(x: Problem, gated: Known) -> float:
+    """Return the largest sum of magnitudes of the projections."""
+    pairs = (
+        ("bne,hed->bhnd", x.X, x.W_q),
+        ("bne,hed->bhnd", x.Y, x.W_k),
+        ("bne,hed->bhnd", x.Y, x.W_v),
+        ("bhnd,hdo->bno", gated, x.W_o),
+    )
+    sums = (np.einsum(s, np.abs(a.value), np.abs(b.value), optimize=True) for s, a, b in pairs)
+    return max(float(np.max(t, initial=0.0)) for t in sums)
+
+
+def _sizes(x: Problem) -> Sizes:
+    """Return the lengths of the contractions, and the largest numbers that enter them."""
+    heads, e_q, d_k = x.W_q.value.shape
+    d_v, e_o = x.W_o.value.shape[1:]
+    batch, n_q, _ = x.X.value.shape
+    n_k, e_s = x.Y.value.shape[1:]
+    largest = [
+        max(float(np.max(np.abs(k.value), initial=0.0)) for k in group)
+        for group in ((x.X, x.Y), (x.W_q, x.W_k, x.W_v, x.W_o), (x.gates,))
+    ]
+    return Sizes(e_q, e_s, e_o, heads, d_k, d_v, batch * n_q, batch * n_k, *largest)

@@ -7,6 +7,7 @@ import numpy as np
 
 from refattn.certify.attention_units import exact_finite
 from refattn.certify.cells import Tensors
+from refattn.certify.floor_units import SMALL
 from refattn.certify.majorant import (
     EXTRA,
     FUNCTION,
@@ -25,7 +26,8 @@ from refattn.certify.majorant import (
 from refattn.certify.softmax_units import mean, softmax
 
 STEP = 5.0
-"""Rounding units of one update of a state: two products, a sum, a division, a product."""
+"""Rounding units of one update of a state: two products, a sum, a division, a product; and of
+the exponential of a maximum that rises by rounding alone, which tiles of a few keys allow."""
 
 ILL = 2.0**30
 """Unit of a normalised importance whose layer's length is zero by cancellation: no claim."""
@@ -60,8 +62,13 @@ def head_importance_units(
     sums = contract(spec, A, dA, inner)
     sums = sums._replace(value=np.abs(sums.value))
     importance = stored(scaled(total(sums, axes, outer) if axes else sums, 1.0 / outer))
-    sizes = _floors({"importance": 4.0 * x * n * d * _peak(A, dA), "normalized": 4.0 * h})
     length = np.sqrt(np.sum(importance.value**2, axis=1, keepdims=True))
+    size = 4.0 * x * n * d * _peak(A, dA)
+    sizes = _floors({"importance": size, "normalized": 4.0 * h})
+    shortest = float(np.min(length, initial=1.0, where=length > 0))
+    for kind, one in (("floor", size), ("floor_operand", 1.0)):  # an underflow before dividing
+        sizes[f"normalized.{kind}"] += one * (1 + np.sqrt(h)) / shortest
+    sizes["longest"] = float(max(inner, outer, h))
     normalized, sizes["exponent"] = _normalized(importance, length)
     return {"importance": importance, "normalized": normalized}, sizes
 
@@ -85,14 +92,17 @@ def tiles_units(
     """Return the majorants of m, l and O after every outer step of Algorithm 1."""
     Q, K, V = (exact_finite(inputs[name]) for name in ("query", "key", "value"))
     n_k, d = K.value.shape
-    S = scaled(contract("ic,jc->ij", Q, K, d), float(parameters.get("scale", 1.0)))
+    scale = float(parameters.get("scale", 1.0))
+    S = scaled(contract("ic,jc->ij", Q, K, d), scale)
     width = int(parameters["block_cols"])
     steps: dict[str, list[Known]] = {"row_max": [], "row_sum": [], "states": []}
     exponent = 0.0
     for j, end in enumerate(range(width, n_k + width, width), start=1):
         seen = np.broadcast_to(np.arange(n_k) < end, S.value.shape)
         rows = softmax(S, seen)
-        rows = rows._replace(terms=rows.terms + STEP * j)
+        e = rows.exponent._replace(accumulated=rows.exponent.accumulated + STEP * j)
+        once = np.zeros_like(rows.division)  # the listing merges nothing
+        rows = rows._replace(exponent=e, terms=rows.terms + STEP * j, division=once)
         moved = np.max(np.where(seen, S.accumulated, 0.0), axis=1)
         m_i = np.max(np.where(seen, S.value, -np.inf), axis=1)
         l_i = np.exp(rows.logsumexp.value - m_i)
@@ -107,7 +117,10 @@ def tiles_units(
     size = 4.0 * (n_k + EXTRA)
     sizes = _floors({"row_max": size * _peak(Q, K), "row_sum": size, "states": size * _peak(V)})
     sizes["states.floor_operand"] += n_k * _peak(V)
-    return found, {**sizes, "exponent": exponent, "terms": n_k + STEP * n_k, "shortest": float(d)}
+    raw = np.max(np.abs(Q.value) @ np.abs(K.value).T) * max(1.0, abs(scale))
+    sizes["peak"] = float(max(raw, np.max(np.abs(V.value).sum(axis=0))))
+    sizes |= {"exponent": exponent, "terms": n_k + STEP * n_k}
+    return found, {**sizes, "shortest": float(d), "longest": float(d)}
 
 
 def merge_units(
@@ -116,12 +129,15 @@ def merge_units(
     """Return the majorants of a merged output and logsumexp: a softmax over the parts."""
     parts = exact_finite(inputs["outputs"]).value.transpose(1, 0, 2)
     L = np.asarray(inputs["logsumexps"], np.float64).T
-    rows = softmax(exact_finite(L), ~np.isneginf(L))
+    rows = softmax(exact_finite(L), ~np.isneginf(L), parts=max(1, L.shape[1]))
     output = mean(rows, np.ones(L.shape), exact(parts))
     p = L.shape[1]
     size = 4.0 * (p + EXTRA)
     sizes = _floors({"output": size * _peak(exact(parts)), "logsumexp": size})
-    sizes["exponent"] = float(np.max(rows.exponent.accumulated, initial=0.0))
+    small = float(np.max((rows.weights[:, :-1] < SMALL).sum(axis=1), initial=0.0))
+    sizes["output.floor_operand"] += small * _peak(exact(parts))
+    moved = rows.exponent.accumulated + rows.division[:, None]
+    sizes["exponent"] = float(np.max(moved, initial=0.0))
     lse = rows.logsumexp
     return {"output": output, "logsumexp": lse}, {**sizes, "terms": p + EXTRA}
 
@@ -150,7 +166,8 @@ def score_units(
         scores = scaled(scores, 1.0 / np.sqrt(d) if kind == "scaled_dot" else 1.0)
     widths = (*q.value.shape[1:], *k.value.shape[1:], *(w.value.size for w in (x.get("v"),) if w))
     sizes = _floors({"scores": 4.0 * (max(widths) + FUNCTION) ** 2 * _peak(*x.values()) ** 3})
-    return {"scores": stored(scores)}, {**sizes, "shortest": float(min(widths))}
+    sizes |= {"shortest": float(min(widths)), "longest": float(max(widths))}
+    return {"scores": stored(scores)}, sizes
 
 
 def _cosine(q: Known, k: Known, strength: float) -> Known:

@@ -16,8 +16,14 @@ from refattn.certify.majorant import (
 MERGES = 2.0
 """Exponentials granted a cell beside those of its own chain: its own, and one merge of parts."""
 
+NARROWEST = 16
+"""Keys to one more part, and to one more rise of a maximum made by rounding alone (NUM-MODEL1)."""
+
+RISE = 4.0
+"""Rounding units of the exponential of such a rise, whose argument is nearly 0."""
+
 TIE = 2.0**-40
-"""Relative distance below which two logits count as equal, on every machine alike."""
+"""Logits nearer than this, times 1 + |S|, count as equal, on every machine alike."""
 
 CHUNK = 1 << 21
 """Elements of the largest temporary, (rows, n_k, d_v)."""
@@ -37,6 +43,8 @@ class Rows(NamedTuple):
     """How many roundings a cell's product meets in a sum over its row, (n_q, n_k + 1)."""
     logsumexp: Known
     """(n_q,); 0 for an empty row."""
+    division: Array
+    """Roundings common to a row that is merged by its logsumexp, not divided by a sum, (n_q,)."""
 
 
 def chain(S: Array, allowed: Cells) -> Array:
@@ -61,13 +69,14 @@ def _hops(S: Array) -> Array:
     return hops
 
 
-def softmax(S: Known, allowed: Cells, sink: float | None = None) -> Rows:
+def softmax(S: Known, allowed: Cells, sink: float | None = None, parts: int | None = None) -> Rows:
     """Return the majorants of P = softmax over the allowed cells of S, and of its logsumexp.
 
     A computed exp(S_ij - m) is off by the factor e^ε with |ε| ≤ u·e_ij,
-    e_ij = δS_ij + 8 (2 + r_ij) + 4 (|S_ij| + |m_i| + |L_i|), r_ij from `chain`.
+    e_ij = δS_ij + 8 (2 + r_ij) + 4 (p_i - 1) + 8 (ln n_i + 1) + 4 (|S_ij| + |m_i| + |L_i|),
+    r_ij from `chain`; the row is cut into p_i parts at most, and the fourth term is 0 for one key.
     """
-    n_q = S.value.shape[0]
+    n_q, n_k = S.value.shape
     column = np.full((n_q, 1), 0.0 if sink is None else sink)
     A = np.concatenate([allowed, np.full((n_q, 1), sink is not None)], axis=1)
     logits = np.where(A, np.concatenate([np.where(allowed, S.value, 0.0), column], axis=1), -np.inf)
@@ -78,18 +87,31 @@ def softmax(S: Known, allowed: Cells, sink: float | None = None) -> Rows:
     L_i = np.where(filled, m_i + np.log(l_i), 0.0)
     r_ij = chain(logits, A)
     sizes = np.abs(np.where(A, logits, 0.0)) + (np.abs(m_i) + np.abs(L_i))[:, None]
+    n_i = A.sum(axis=1, keepdims=True)
+    p_i = np.clip(n_i, 1, 2 + n_k // NARROWEST if parts is None else parts)
+    logarithm = np.where(n_i > 1, FUNCTION * (np.log(np.maximum(n_i, 1)) + 1.0), 0.0)
+    functions = FUNCTION * (MERGES + r_ij) + RISE * (p_i - 1) + logarithm
     pad = ((0, 0), (0, 1))
-    e_ij = np.where(A, np.pad(S.accumulated, pad) + FUNCTION * (MERGES + r_ij) + 4.0 * sizes, 0.0)
+    e_ij = np.where(A, np.pad(S.accumulated, pad) + functions + 4.0 * sizes, 0.0)
     o_ij = np.where(A, np.pad(S.operand, pad), 0.0)
     P = exponentials / l_i[:, None]
-    n_i = A.sum(axis=1, keepdims=True) + r_ij + EXTRA
+    n_ij = n_i + r_ij + (p_i - 1) + EXTRA
     lse = Known(
         L_i,
-        np.sum(P * (e_ij + n_i), axis=1)
+        np.sum(P * (e_ij + n_ij), axis=1)
         + np.where(filled, FUNCTION * (np.abs(L_i) + np.abs(m_i) + 1.0), 0.0),
         np.sum(P * o_ij, axis=1),
     )
-    return Rows(P, Known(P, e_ij, o_ij), n_i, lse)
+    return Rows(P, Known(P, e_ij, o_ij), n_ij, lse, _division(L_i, p_i[:, 0]))
+
+
+def _division(L_i: Array, p_i: Array) -> Array:
+    """Return the roundings of e^(-L), by which OWN-MERGE1 divides p_i parts: 0 for one part.
+
+    That of L; its ln; p_i exponentials in its sum and as many outside; their arguments.
+    """
+    functions = FUNCTION * (np.log(p_i) + 1.0) + 2 * FUNCTION + 6.0 * np.log(p_i)
+    return np.where(p_i > 1, np.abs(L_i) + functions, 0.0)
 
 
 def uniform(rows: Rows, empty: Cells) -> Rows:
@@ -130,7 +152,7 @@ def mean(rows: Rows, factor: Array, values: Known) -> Known:
 
 def _part(rows: Rows, part: slice) -> Rows:
     e, lse = (Known(*(x[part] for x in k)) for k in (rows.exponent, rows.logsumexp))
-    return Rows(rows.weights[part], e, rows.terms[part], lse)
+    return Rows(rows.weights[part], e, rows.terms[part], lse, rows.division[part])
 
 
 def _mean(rows: Rows, f: Array, V: Known) -> Known:
@@ -144,7 +166,7 @@ def _mean(rows: Rows, f: Array, V: Known) -> Known:
     accumulated = (
         _weigh(P * e, spread)
         + _weigh(P_f * n, W_abs)
-        + (np.sum(P * n, axis=1, keepdims=True) + sink) * O_abs
+        + (np.sum(P * n, axis=1, keepdims=True) + sink + rows.division[:, None]) * O_abs
         + _weigh(P_f * (1 + SECOND_ACCUMULATED * e), V.accumulated)
     )
     operand = (

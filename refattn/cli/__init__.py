@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version as _version
@@ -50,8 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after the program's name; those of this process if None.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _mend_streams()
     try:
-        _application(words)(args=words, prog_name="refattn")
+        code = _ended(words)
+        sys.stdout.flush()
     except RefattnError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
@@ -60,11 +63,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _refuse(missing(name))
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of a pipe left early, as head does
+        _discard_output()  # the reader of a pipe left early, as head does
         return 0
+    except OSError as error:
+        _discard_output()
+        return _refuse(f"the output cannot be written: {error.strerror or error}")
+    return code
+
+
+def _ended(words: Sequence[str]) -> int:
+    """Run a command and return its exit code.
+
+    Raises:
+        RefattnError: an argument is empty, or the command refuses.
+        BrokenPipeError: the reader of the output left; click makes an exit of it.
+    """
+    if any(not word or (word.startswith("--") and word.endswith("=")) for word in words):
+        raise RefattnError("an argument is empty, but each must say something")
+    try:
+        _application(words)(args=list(words), prog_name="refattn")
     except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):
+            raise stop.__context__ from None
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     return 0
+
+
+def _mend_streams() -> None:
+    """Take the place of closed streams, and print "?" for what a terminal cannot show."""
+    while (empty := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # a closed 0, 1 or 2 would be given to the next file that is opened
+    os.close(empty)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif name == "stdout" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _discard_output() -> None:
+    """Let what is still to be written go nowhere, so that the end of Python finds no fault."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, sys.stdout.fileno())
+    os.close(sink)
 
 
 def missing(module: str) -> str:

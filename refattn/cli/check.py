@@ -14,6 +14,9 @@ Words = list[str] | None
 SHOWN = 20
 """Findings that are printed one by one; the JSON has them all."""
 
+REASONS = 3
+"""Reasons for leaving out runs that are printed; the JSON has them all."""
+
 
 @app.command()
 def check(
@@ -51,6 +54,8 @@ def _print(data: dict[str, Any]) -> None:
         if id_ in data["clauses"]
     ]
     print_table(("clause", *columns), rows, title="worst error / bound (vectors)")
+    for line in _not_run(data["not_run_reasons"]):
+        print(line)
     for name, why in data["absent"].items():
         needed = " (required)" if name in data["required_but_absent"] else ""
         print(f"{why}{needed}")
@@ -64,6 +69,15 @@ def _print(data: dict[str, Any]) -> None:
         f"{data['passed']} runs agree with the certified values, {data['failed']} do not{not_run} "
         f"(pack {data['pack'][:12]}): {'ok' if data['ok'] else 'FINDINGS'}"
     )
+
+
+def _not_run(reasons: dict[str, int]) -> list[str]:
+    """Return the commonest reasons for which runs were left out, one a line."""
+    shown = [f"not run: {n} runs: {why}" for why, n in list(reasons.items())[:REASONS]]
+    rest = list(reasons.values())[REASONS:]
+    if rest:
+        shown.append(f"not run: {sum(rest)} runs for {len(rest)} more reasons (--json has them)")
+    return shown
 
 
 def _cell(cell: dict[str, Any] | None) -> str:

@@ -30,7 +30,10 @@ def plain(data: Any) -> Any:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """Print a table: framed and coloured in a terminal, aligned words in a pipe."""
+    """Print a table: framed and coloured in a terminal, aligned words in a pipe.
+
+    Where a terminal is too narrow for the frame, it is aligned words there, too: no id is cut.
+    """
     if not sys.stdout.isatty():
         print(aligned(head, rows, title))
         return
@@ -38,10 +41,15 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str =
     from rich.table import Table
     from rich.text import Text
 
+    console = Console()
     table = Table(*head, title=title or None, title_justify="left")
+    table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
-    Console().print(table)
+    if table.__rich_measure__(console, console.options).minimum > console.width:
+        print(aligned(head, rows, title))
+    else:
+        console.print(table)
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:

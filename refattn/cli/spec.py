@@ -76,9 +76,14 @@ def coverage(
 ) -> None:
     """Show, for each clause, its reference, tests, vectors and backends."""
     from refattn import coverage as room
+    from refattn.errors import RefattnError
     from refattn.spec_text import spec_root
 
     root = spec_root()
+    if (write or check) and room.tests_root(root) is None:
+        raise RefattnError(
+            "the table of coverage counts the tests, but they come with the source, not the wheel"
+        )
     table, path = room.rows(root), root / "coverage.md"
     if write:
         path.write_text(room.as_markdown(table), "utf-8")

@@ -41,8 +41,13 @@ def _refuse(literal: str) -> Any:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise PackError(f"has the number {text}, which float64 cannot hold")
+        raise PackError(f"has the number {text[:40]}, which float64 cannot hold")
     return number
+
+
+def _integer(text: str) -> int:
+    _finite(text)  # float64 holds its magnitude; int() refuses thousands of digits in other words
+    return int(text)
 
 
 def read_json(data: bytes, name: str) -> Any:
@@ -57,10 +62,11 @@ def read_json(data: bytes, name: str) -> Any:
             object_pairs_hook=_unique,
             parse_constant=_refuse,
             parse_float=_finite,
+            parse_int=_integer,
         )
     except PackError as error:
         raise PackError(f"{name} {error}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise PackError(f"{name} is not JSON: {error}") from None
 
 

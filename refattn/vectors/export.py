@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ class NotExpressible(Exception):  # noqa: N818 - a property of the case
 def write_npz(case: Case, target: Path) -> None:
     """Write `<id>.npz` (inputs, outputs and units; no pickle) and `<id>.json` (case.json)."""
     tensors: dict[str, Any] = {**case.inputs, **case.outputs, **case.units}
-    np.savez(target / f"{case.id}.npz", allow_pickle=False, **tensors)
+    np.savez(target / f"{case.id}.npz", **tensors)
     (target / f"{case.id}.json").write_bytes(canonical_json(case_document(case)))
 
 
@@ -45,6 +46,9 @@ def write_onnx(case: Case, target: Path) -> None:
 
 FORMS: Mapping[str, Callable[[Case, Path], None]] = {"npz": write_npz, "onnx": write_onnx}
 """The forms of export."""
+
+NEEDS = {"onnx": "onnx"}
+"""The optional module without which a form cannot be written."""
 
 
 def export(
@@ -63,10 +67,15 @@ def export(
 
     Raises:
         ExportError: unknown form, or the folder holds something and overwrite is not set.
+        ModuleNotFoundError: the form needs a module that is absent.
     """
     if form not in FORMS:
         raise ExportError(f"form is {form!r}, but it must be one of {', '.join(FORMS)}")
+    if form in NEEDS:
+        importlib.import_module(NEEDS[form])  # absent: nothing has been written yet
     target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise ExportError(f"{target} is a file, but it must be a folder")
     try:
         target.mkdir(parents=True, exist_ok=True)
         if not overwrite and any(target.iterdir()):

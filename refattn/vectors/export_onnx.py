@@ -10,7 +10,7 @@ import numpy as np
 from refattn.masks import allowed_pairs, position_offset
 from refattn.vectors.canonical import canonical_json
 from refattn.vectors.export import NotExpressible
-from refattn.vectors.pack import Case
+from refattn.vectors.pack import Case, unbounded
 
 OPSET = 23
 """The first operator set with both operators."""
@@ -46,7 +46,13 @@ def node_test(case: Case) -> NodeTest:
 
 
 def tolerance(case: Case, output: str) -> float:
-    """Return the largest derived bound of an output in float32: absolute, for all elements."""
+    """Return the largest derived bound of an output in float32: absolute, for all elements.
+
+    Raises:
+        NotExpressible: the case has no bounds in float32.
+    """
+    if why := unbounded(case, "fp32"):
+        raise NotExpressible(why)
     a, b, floor = case.bounds["fp32"][output]
     unit = case.units[f"{output}.unit"].astype(np.float64)
     logit = case.units.get(f"{output}.unit_logit", np.zeros(())).astype(np.float64)

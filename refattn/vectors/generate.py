@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +13,9 @@ from refattn.vectors.canonical import PackError
 from refattn.vectors.cases import recipes
 from refattn.vectors.draws import exact_dtypes
 from refattn.vectors.families import draw
-from refattn.vectors.pack import Case, Entry, read_case, read_index
+from refattn.vectors.pack import COMPANIONS, Case, Entry, read_case, read_index
 from refattn.vectors.recipes import CaseRecipe, features
+from refattn.vectors.workers import results
 from refattn.vectors.write import Bound, stored_bounds, stored_unit, write_case, write_index
 
 Certifier = Callable[[str, Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], Any]
@@ -31,7 +30,10 @@ PROFILE_DTYPE = {
     "fp16": "float16",
     "fp16_accumulate": "float16",
 }
-"""The operand dtype of each profile; a case has bounds for the profiles whose dtype is exact."""
+"""The operand dtype of each profile; a case has bounds for the profiles whose dtype is exact.
+
+It has none for a profile in whose arithmetic it would overflow (`refattn.bounds.coefficients`).
+"""
 
 SCRATCH = ".generating"
 """Folder under the target in which cases are written before they appear, and the journal lies."""
@@ -111,6 +113,8 @@ def make_case(recipe: CaseRecipe, with_: Engine) -> Case:
         for profile, dtype in PROFILE_DTYPE.items()
         if dtype in case.dtypes
     }
+    if any(x.dtype.kind == "f" for x in certificate.outputs.values()):
+        bounds = {profile: found for profile, found in bounds.items() if found}
     return replace(
         case,
         outputs=dict(certificate.outputs),
@@ -191,18 +195,9 @@ def _flags(used: set[str]) -> dict[str, dict[str, str]]:
 def _results(
     todo: list[CaseRecipe], folder: Path, jobs: int, with_: Engine | None
 ) -> Iterator[Entry]:
-    """Yield the entries of cases as they are made."""
-    if jobs == 1 or with_ is not None:
-        yield from (_made(recipe, folder / recipe.id, with_) for recipe in todo)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = [pool.submit(_made, r, folder / r.id, None) for r in todo]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    """Return the entries of cases as they are made."""
+    asked = [(recipe, folder / recipe.id, with_) for recipe in todo]
+    return results(_made, asked, jobs if with_ is None else 1)
 
 
 def generate(
@@ -238,13 +233,28 @@ def generate(
     listed = list(recipes(size) if only is None else only)
     name = size if only is None else "part"
     target = Path(target)
-    folder, scratch = target / name, target / SCRATCH
+    if with_ is None:
+        engine()  # absent: nothing has been written yet
     try:
-        for path in (folder, scratch):
-            path.mkdir(parents=True, exist_ok=True)
+        _refuse_strangers(target, name, {recipe.id for recipe in listed})
+        return _generate(listed, name, target, jobs, fresh, with_, progress)
     except OSError as error:
         raise PackError(f"{target} cannot be written: {error.strerror or error}") from None
-    _refuse_strangers(folder, {recipe.id for recipe in listed})
+
+
+def _generate(
+    listed: list[CaseRecipe],
+    name: str,
+    target: Path,
+    jobs: int,
+    fresh: bool,
+    with_: Engine | None,
+    progress: Progress | None,
+) -> str:
+    """Make what is not there yet, then the index; returns the root hash."""
+    folder, scratch = target / name, target / SCRATCH
+    for path in (folder, scratch):
+        path.mkdir(parents=True, exist_ok=True)
     trusted = {} if fresh else _trusted(target)
     entries = {r.id: trusted[r.id] for r in listed if _kept(r, folder / r.id, trusted.get(r.id))}
     todo = [recipe for recipe in listed if recipe.id not in entries]
@@ -261,16 +271,21 @@ def generate(
             if progress is not None:
                 progress(len(entries), len(listed), entry.id)
     used = {flag for recipe in listed for flag in recipe.flags}
-    root = write_index(target, name, spec_version(), _flags(used), list(entries.values()))
+    made = list(entries.values())
+    root = write_index(target, name, spec_version(), _flags(used), made, scratch)
     shutil.rmtree(scratch)
     return root
 
 
-def _refuse_strangers(folder: Path, ids: set[str]) -> None:
-    """Refuse a target with cases that no recipe makes: they would not be in pack.json."""
-    for path in sorted(folder.iterdir()):
-        if path.name not in ids:
-            raise PackError(f"{path} is made by no recipe; remove it first")
+def _refuse_strangers(target: Path, name: str, ids: set[str]) -> None:
+    """Refuse a target with files that a pack may not hold: it could not be read afterwards."""
+    if target.exists() and not target.is_dir():
+        raise PackError(f"{target} is a file, but it must be a folder")
+    inside = {target: {"pack.json", name, SCRATCH, *COMPANIONS}, target / name: ids}
+    for folder, known in inside.items():
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.name not in known:
+                raise PackError(f"{path} is made by no recipe; remove it first")
 
 
 def _discard(folder: Path, scratch: Path) -> None:

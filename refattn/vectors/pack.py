@@ -16,12 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn.vectors.canonical import PackError, canonical_json, read_canonical, read_json, sha256
+from refattn.vectors.ops import misbound, misfit
 
 SCHEMA_VERSION = 1
 """Version of the form of case.json and pack.json."""
 
 CASE_FILES = ("case.json", "tensors.safetensors")
 """What a case's folder holds, and nothing else."""
+
+COMPANIONS = (".gitattributes", "README.md", "flags.toml", "real", "schema.json")
+"""What may lie beside pack.json: the files of spec/vectors that belong to no case."""
 
 GROUPS = ("inputs", "outputs", "units")
 """The three groups of tensors of a case."""
@@ -38,6 +42,7 @@ __all__ = [
     "core_pack",
     "read_case",
     "read_pack",
+    "unbounded",
 ]
 
 
@@ -61,6 +66,13 @@ class Case:
     bounds: Mapping[str, Mapping[str, tuple[float, float, float]]]
     certification: Mapping[str, Any]
     kills: tuple[str, ...] = ()
+
+
+def unbounded(case: Case, profile: str) -> str:
+    """Return why a case cannot be judged in a profile; an empty string if it can."""
+    if profile in case.bounds:
+        return ""
+    return f"the case has no bounds of profile {profile}"
 
 
 class Flag(NamedTuple):
@@ -125,6 +137,8 @@ def check_schema(value: Any, definition: str, name: str) -> None:
 
 def _read_bytes(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise PackError(f"{path} is no plain file")
         return path.read_bytes()
     except OSError as error:
         raise PackError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -142,11 +156,15 @@ def _inside(root: Path, relative: str) -> Path:
     return path
 
 
-def _check_listing(folder: Path, expected: set[str], name: str) -> None:
+def _listed(folder: Path, name: str) -> set[str]:
     try:
-        found = {p.name for p in folder.iterdir()}
+        return {p.name for p in folder.iterdir()}
     except OSError as error:
         raise PackError(f"{name} cannot be listed: {error.strerror}") from None
+
+
+def _check_listing(folder: Path, expected: set[str], name: str) -> None:
+    found = _listed(folder, name)
     for extra in sorted(found - expected):
         raise PackError(f"{name} holds {extra}, which its index does not name")
     for missing in sorted(expected - found):
@@ -168,6 +186,8 @@ def _read_tensors(data: bytes, document: Mapping[str, Any], name: str) -> dict[s
         tensors = load(data)
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise PackError(f"{name} is not a whole safetensors file: {error}") from None
+    if "__metadata__" in read_json(data[8 : 8 + int.from_bytes(data[:8], "little")], name):
+        raise PackError(f"{name} holds __metadata__, but a vector's header names tensors alone")
     records = {t: (group, document[group][t]) for group in GROUPS for t in document[group]}
     for extra in sorted(tensors.keys() - records.keys()):
         raise PackError(f"{name} holds the tensor {extra}, which case.json does not name")
@@ -184,6 +204,32 @@ def _read_tensors(data: bytes, document: Mapping[str, Any], name: str) -> dict[s
         tensors[tensor].flags.writeable = False
         groups[group][tensor] = tensors[tensor]
     return dict(groups)
+
+
+@cache
+def _clauses() -> frozenset[str]:
+    from refattn.spec_text import load_clauses
+
+    return frozenset(load_clauses())
+
+
+def _check_sense(case: Case, name: str) -> None:
+    """Refuse a case that is whole, but of which no operation or clause knows.
+
+    Raises:
+        PackError: names what does not fit.
+    """
+    unknown = [id_ for id_ in case.clauses if id_ not in _clauses()]
+    drawn = sorted(case.draws.keys() ^ case.inputs.keys())
+    if unknown:
+        why = f"there is no clause {unknown[0]}"
+    elif drawn:
+        why = f"{drawn[0]} is not both an input and in draws"
+    else:
+        why = misfit(case.op, case.parameters, case.inputs, case.outputs)
+        why = why or misbound(case.outputs, case.units, case.bounds)
+    if why:
+        raise PackError(f"{name}: {why}")
 
 
 def _case(document: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Case:
@@ -211,7 +257,7 @@ def read_case(folder: Path | str, entry: Entry | None = None, root: Path | None 
         The case; its arrays cannot be written to.
 
     Raises:
-        PackError: anything missing, added or changed.
+        PackError: anything missing, added or changed, or a case without sense.
     """
     folder = Path(folder)
     root = folder if root is None else root
@@ -233,7 +279,9 @@ def read_case(folder: Path | str, entry: Entry | None = None, root: Path | None 
     if document["id"] != expected_id:
         raise PackError(f"{folder} holds the case {document['id']}, not {expected_id}")
     tensors = _read_tensors(tensor_data, document, str(folder / CASE_FILES[1]))
-    return _case(document, tensors)
+    case = _case(document, tensors)
+    _check_sense(case, str(folder))
+    return case
 
 
 def root_hash(index: Mapping[str, Any]) -> str:
@@ -274,6 +322,8 @@ def read_pack(path: Path | str) -> Pack:
     root = Path(path)
     index = read_index(root)
     size = index["size"]
+    for path in sorted(_listed(root, str(root)) - {"pack.json", size, *COMPANIONS}):
+        raise PackError(f"{root} holds {path}, which belongs to no pack")
     entries = tuple(
         Entry(e["id"], e["path"], e["case_sha256"], e["tensors_sha256"]) for e in index["cases"]
     )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +12,7 @@ from refattn.vectors.families import Draw
 from refattn.vectors.generate import Engine, engine, make_case
 from refattn.vectors.pack import CASE_FILES, Case, Entry, read_case, read_pack
 from refattn.vectors.recipes import CaseRecipe
+from refattn.vectors.workers import results
 from refattn.vectors.write import case_bytes
 
 SAMPLE = 20
@@ -73,18 +72,8 @@ def verify_case(root: Path, entry: Entry, second: bool = False, with_: Engine | 
 
 
 def _results(root: Path, entries: Sequence[Entry], twice: set[str], jobs: int) -> Iterator[str]:
-    """Yield the ids of cases as they are verified."""
-    if jobs == 1:
-        yield from (verify_case(root, entry, entry.id in twice) for entry in entries)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = [pool.submit(verify_case, root, e, e.id in twice) for e in entries]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    """Return the ids of cases as they are verified."""
+    return results(verify_case, [(root, e, e.id in twice) for e in entries], jobs)
 
 
 def verify(

@@ -143,9 +143,14 @@ def write_case(case: Case, folder: Path | str, scratch: Path | str | None = None
 
 
 def write_index(
-    root: Path, size: str, spec_version: str, flags: Mapping[str, Any], entries: list[Entry]
+    root: Path,
+    size: str,
+    spec_version: str,
+    flags: Mapping[str, Any],
+    entries: list[Entry],
+    scratch: Path,
 ) -> str:
-    """Write pack.json atomically and return its root hash."""
+    """Write pack.json atomically, by way of a folder to write in first; returns its root hash."""
     index: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "size": size,
@@ -155,7 +160,7 @@ def write_index(
     }
     index["root_sha256"] = root_hash(index)
     check_schema(index, "pack", "pack.json")
-    partial = root / f".pack.json.{os.getpid()}.partial"
+    partial = scratch / f".pack.json.{os.getpid()}.partial"
     partial.unlink(missing_ok=True)
     _write_file(partial, canonical_json(index))
     partial.replace(root / "pack.json")
