@@ -240,8 +240,9 @@ def flash_attention_forward(
 
     Raises:
         ShapeError: shapes do not fit.
-        DtypeError: operands are not of one floating dtype, or mask or keep is not bool.
-        OptionError: a tile size, the scale, the alignment or the dropout is refused.
+        DtypeError: an argument is no array, operands are not of one floating dtype, or mask or keep
+            is not bool.
+        OptionError: a tile size, the scale, causal, the alignment or the dropout is refused.
     """
     function = "flash_attention_forward"
     sizes = check_operands(function, query, key, value, **given(scale=scale))

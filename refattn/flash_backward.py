@@ -88,7 +88,7 @@ def flash_attention_backward(
     Raises:
         ShapeError: shapes do not fit.
         DtypeError: dtypes are not what the forward pass takes and returns.
-        OptionError: a tile size, the scale, the alignment or the dropout is refused.
+        OptionError: a tile size, the scale, causal, the alignment or the dropout is refused.
     """
     function = "flash_attention_backward"
     sizes = check_operands(function, query, key, value, **given(scale=scale))

@@ -86,7 +86,8 @@ def head_outputs(
     Raises:
         ShapeError: two shapes do not fit.
         DtypeError: a dtype is not floating, or two differ.
-        OptionError: scale is not finite.
+        OptionError: scale is not finite, or overflows in the computing dtype.
+        MemoryLimitError: the n_q x n_k matrices do not fit into the free memory.
     """
     weights = {"w_query": w_query, "w_key": w_key, "w_value": w_value, "w_output": w_output}
     check_shapes(

@@ -68,6 +68,7 @@ def multihead_attention(
         ShapeError: two shapes do not fit.
         DtypeError: a dtype is not floating, or two differ.
         OptionError: an option is refused.
+        MemoryLimitError: the n_q x n_k matrices do not fit into the free memory.
     """
     weights = {"w_query": w_query, "w_key": w_key, "w_value": w_value, "w_output": w_output}
     check_multihead("multihead_attention", query_input, source_input, weights, head_gates)

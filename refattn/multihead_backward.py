@@ -72,6 +72,7 @@ def multihead_attention_backward(
         ShapeError: two shapes do not fit.
         DtypeError: a dtype is not floating, or two differ.
         OptionError: an option is refused.
+        MemoryLimitError: the n_q x n_k matrices do not fit into the free memory.
     """
     function = "multihead_attention_backward"
     weights = {"w_query": w_query, "w_key": w_key, "w_value": w_value, "w_output": w_output}

@@ -39,8 +39,12 @@ SOFTCAP_ORDERS = ("before_bias", "after_bias")
 MASKED = ("select", "add")
 """Whether a forbidden cell is never read, or read and sunk by -∞ (OWN-POISON1)."""
 
-MATRICES = 4
-"""How many n_q x n_k matrices are alive at once in the reference; for the memory refusal."""
+MATRICES = 11
+"""How many n_q x n_k matrices of the computing dtype the reference has alive at its peak.
+
+Measured by `tracemalloc`: 6.0 for a bare forward or backward pass, 8.4 for a forward and 10.4 for a
+backward pass of float16 under every option, with or without a NaN in key and value.
+"""
 
 
 class AttentionOptions(TypedDict, total=False):

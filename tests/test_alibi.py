@@ -261,7 +261,7 @@ def test_slopes_refuse_bad_options(heads, rule):
 @pytest.mark.clause("OWN-ALIBI1")
 def test_bias_refuses_what_does_not_fit():
     m = np.array([0.5])
-    with pytest.raises(OptionError, match="n_q is -1, but it must be at least 0"):
+    with pytest.raises(OptionError, match="n_q is -1, but it must be an integer of at least 0"):
         alibi_bias(m, -1, 3)
     with pytest.raises(OptionError, match="distance is 'manhattan', but it must be one of"):
         alibi_bias(m, 2, 3, distance="manhattan")

@@ -201,14 +201,13 @@ def test_one_key_returns_its_value_to_the_bit(attend):
     np.testing.assert_array_equal(result.logsumexp, result.row_max)
 
 
-@pytest.mark.clause("FA1-ALG1")
-def test_no_key_and_no_query_are_no_error():
+@pytest.mark.clause("FA1-ALG1", "FA1-ALG2")
+@pytest.mark.parametrize("attend", [flash_attention, flash_attention_forward, tile_states])
+def test_no_query_is_no_error_but_no_key_is_refused_as_by_attention(attend):
     query, key, value = draw(11)
-    result = flash_attention(query, key[:0], value[:0], **TILES)
-    np.testing.assert_array_equal(result.output, np.zeros((N_Q, D_V)))
-    np.testing.assert_array_equal(result.logsumexp, np.full(N_Q, -np.inf))
-    assert tile_states(query, key[:0], value[:0], **TILES).states.shape == (0, N_Q, D_V)
-    assert flash_attention(query[:0], key, value, **TILES).output.shape == (0, D_V)
+    assert attend(query[:0], key, value, **TILES).row_max.size == 0
+    with pytest.raises(ShapeError, match="key has n_k=0, but it must be at least 1"):
+        attend(query, key[:0], value[:0], **TILES)
 
 
 @pytest.mark.clause("FA1-THM1")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from direct_attention import assert_logsumexp, assert_output, assert_statistics, direct
 from refattn.checks import DtypeError, ShapeError
-from refattn.flash import flash_attention_forward
+from refattn.flash import FlashResult, flash_attention_forward
 from refattn.merge import PartState, merge, merge_states
 
 N_Q, N_K, D, D_V = 7, 19, 5, 3
@@ -42,8 +42,21 @@ def parts_of(query, key, value, cuts, mask=None):
             scale=1.0,
             mask=mask[:, a:b],
         )
+        if a < b
+        else no_part(query, value)
         for a, b in pairwise(edges)
     ]
+
+
+def no_part(query, value):
+    """Return what attention over no key comes to: O = 0, m = -∞, l = 0, L = -∞."""
+    rows, nothing = len(query), -np.inf
+    return FlashResult(
+        np.zeros((rows, value.shape[-1])),
+        np.full(rows, nothing),
+        np.zeros(rows),
+        np.full(rows, nothing),
+    )
 
 
 def state(part) -> PartState:

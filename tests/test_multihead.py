@@ -332,7 +332,7 @@ def test_features_that_heads_do_not_divide_are_refused():
         split_heads(np.ones((2, 7)), 3)
     with pytest.raises(ShapeError, match="weight has 7 features, but heads is 2"):
         unpack_projection(np.ones((5, 7)), 2)
-    with pytest.raises(ShapeError, match="weight has 5 features, but heads is 0"):
+    with pytest.raises(OptionError, match="heads is 0, but it must be an integer of at least 1"):
         unpack_output(np.ones((5, 7)), 0)
     with pytest.raises(ShapeError, match=r"x has 2 axes, .* \[merge_heads: x \(2, 7\)\]$"):
         merge_heads(np.ones((2, 7)))

@@ -168,7 +168,7 @@ def test_arguments_that_do_not_fit_are_refused():
         prune_count(7, 1.5)
     with pytest.raises(OptionError, match="fraction is nan"):
         prune_count(7, float("nan"))
-    with pytest.raises(OptionError, match="heads is -1, but it must be at least 0"):
+    with pytest.raises(OptionError, match="heads is -1, but it must be an integer of at least 0"):
         prune_count(-1, 0.5)
     with pytest.raises(OptionError, match="count_rule is 'round', but it must be one of floor"):
         prune_count(7, 0.5, count_rule="round")

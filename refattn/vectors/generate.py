@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from refattn.judge import proves_nothing
 from refattn.vectors.canonical import PackError
 from refattn.vectors.cases import recipes
 from refattn.vectors.draws import exact_dtypes
@@ -32,7 +33,8 @@ PROFILE_DTYPE = {
 }
 """The operand dtype of each profile; a case has bounds for the profiles whose dtype is exact.
 
-It has none for a profile in whose arithmetic it would overflow (`refattn.bounds.coefficients`).
+It has none for a profile in whose arithmetic it would overflow (`refattn.bounds.coefficients`), or
+whose bounds are so wide that zeros would pass (`refattn.judge.proves_nothing`).
 """
 
 SCRATCH = ".generating"
@@ -115,13 +117,15 @@ def make_case(recipe: CaseRecipe, with_: Engine) -> Case:
     }
     if any(x.dtype.kind == "f" for x in certificate.outputs.values()):
         bounds = {profile: found for profile, found in bounds.items() if found}
-    return replace(
+    made = replace(
         case,
         outputs=dict(certificate.outputs),
         units={name: stored_unit(unit) for name, unit in certificate.units.items()},
         bounds=stored_bounds(bounds),
         certification={k: v for k, v in certificate.record.items() if k != "version"},
     )
+    asked = {p: found for p, found in made.bounds.items() if not proves_nothing(made, p)}
+    return replace(made, bounds=asked)
 
 
 def _made(recipe: CaseRecipe, folder: Path, with_: Engine | None) -> Entry:
