@@ -137,14 +137,10 @@ def resolve(
     Raises:
         ShapeError, DtypeError, OptionError, MemoryLimitError: an argument is refused.
     """
-    options = _with_defaults(function, given)
-    sizes = _check_arrays(function, query, key, value, options)
-    _check_values(function, query, options, sizes)
+    options, sizes, offset = check_arguments(function, query, key, value, given)
     xp = array_namespace(query)
     n_q, n_k = sizes["n_q"], sizes["n_k"]
     lengths = {name: options.get(name) for name in ("query_lengths", "key_lengths")}
-    offset = position_offset(function, n_q, n_k, alignment=options["alignment"], **lengths, xp=xp)
-    _check_offset(function, query, offset)
     check_memory(function, query, sizes)
     bias = options.get("bias")
     bias = None if bias is None else widen(bias)
@@ -178,6 +174,36 @@ def resolve(
         sinks=None if options.get("sinks") is None else widen(options["sinks"]),
         options=options,
     )
+
+
+def check_arguments(
+    function: str, query: Array, key: Array, value: Array, given: AttentionOptions
+) -> tuple[dict[str, Any], dict[str, int], Any]:
+    """Check the arguments of an attention without forming any n_q x n_k matrix.
+
+    Returns:
+        options: the given ones and the defaults of the others.
+        sizes: n_q, n_k, d_k and d_v.
+        offset: of the query positions; see `masks.position_offset`.
+
+    Raises:
+        ShapeError, DtypeError, OptionError: an argument is refused.
+    """
+    options = _with_defaults(function, given)
+    sizes = _check_arrays(function, query, key, value, options)
+    _check_values(function, query, options, sizes)
+    lengths = {name: options.get(name) for name in ("query_lengths", "key_lengths")}
+    offset = position_offset(
+        function,
+        sizes["n_q"],
+        sizes["n_k"],
+        alignment=options["alignment"],
+        **lengths,
+        xp=array_namespace(query),
+    )
+    _check_offset(function, query, offset)
+    group_size(function, query, key)
+    return options, sizes, offset
 
 
 def _with_defaults(function: str, given: AttentionOptions) -> dict[str, Any]:
