@@ -7,6 +7,7 @@ how its functions are called.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -25,7 +26,6 @@ BACKENDS = ("numpy", "numba", "numba-cuda", "cupy")
 """Every backend, whether it loads here or not."""
 
 ABSENT = {
-    "numba": "not part of this release",
     "numba-cuda": "not part of this release",
     "cupy": "not part of this release",
 }
@@ -46,8 +46,8 @@ OPS = (
 )
 """Every operation that a case can ask for."""
 
-CLAIMS: dict[str, tuple[str, ...]] = {"numpy": OPS}
-"""Operations that each backend of this release claims."""
+CLAIMS: dict[str, tuple[str, ...]] = {"numpy": OPS, "numba": ("attention",)}
+"""Operations that each backend of this release claims, some of them not under every option."""
 
 
 class BackendAbsent(RefattnError):  # noqa: N818 - a state of this machine
@@ -76,6 +76,11 @@ def load(name: str) -> Backend:
         raise BackendAbsent(f"there is no backend {name}; there are {', '.join(BACKENDS)}")
     if name in ABSENT:
         raise BackendAbsent(f"backend {name} is absent: {ABSENT[name]}")
+    if name == "numba":
+        if importlib.util.find_spec("numba") is None:
+            remedy = 'numba is not installed: pip install "refattn[cpu]"'
+            raise BackendAbsent(f"backend {name} is absent: {remedy}")
+        return Backend("numba", FLOATS, run_numba)
     return Backend("numpy", FLOATS, run_numpy)
 
 
@@ -109,6 +114,27 @@ def run_numpy(
     cast = {name: cast_floats(np.asarray(array), dtype) for name, array in inputs.items()}
     with np.errstate(all="ignore"):
         outputs = _NUMPY[op](cast, {**parameters, **conventions}, dtype)
+    return {name: np.asarray(array) for name, array in outputs.items() if array is not None}
+
+
+def run_numba(
+    op: str, inputs: Mapping[str, Any], parameters: Options, conventions: Options, dtype: str
+) -> Arrays:
+    """Run an operation by the CPU kernels; arguments and outputs as `run_numpy`.
+
+    Raises:
+        Unsupported: the operation, the dtype or an option is not claimed.
+    """
+    if op not in CLAIMS["numba"]:
+        raise Unsupported(f"op is {op}, but backend numba claims {', '.join(CLAIMS['numba'])}")
+    if dtype not in FLOATS:
+        raise Unsupported(f"dtype is {dtype}, but backend numba claims {', '.join(FLOATS)}")
+    cast = {name: cast_floats(np.asarray(array), dtype) for name, array in inputs.items()}
+    cotangents, forward = _split(cast, "d_output", "d_logsumexp")
+    options = {**parameters, **conventions}
+    if cotangents:
+        raise Unsupported("d_output is given, but backend numba claims the forward pass only")
+    outputs = _call("cpu.attention", **forward, **options)
     return {name: np.asarray(array) for name, array in outputs.items() if array is not None}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from refattn.arrays import FLOATS
-from refattn.backends import BACKENDS, Backend, BackendAbsent, Unsupported, load
+from refattn.backends import BACKENDS, CLAIMS, Backend, BackendAbsent, Unsupported, load
 from refattn.bounds import profile_of
 from refattn.checks import check_option
 from refattn.errors import RefattnError
@@ -35,6 +35,15 @@ class Result(NamedTuple):
     dtype: str
     ok: bool
     ratio: float
+    reason: str
+
+
+class Declined(NamedTuple):
+    """A job that its backend does not claim; it was not run."""
+
+    case_id: str
+    backend: str
+    dtype: str
     reason: str
 
 
@@ -90,7 +99,10 @@ def jobs(
         if not clauses or set(clauses) & set(case.clauses)
         for backend in backends
         for dtype in FLOATS
-        if dtype in case.dtypes and dtype in backend.dtypes and (not dtypes or dtype in dtypes)
+        if case.op in CLAIMS[backend.name]
+        and dtype in case.dtypes
+        and dtype in backend.dtypes
+        and (not dtypes or dtype in dtypes)
     ]
     if not found:
         asked = ", ".join([*clauses, *dtypes]) or "the pack"
@@ -98,15 +110,15 @@ def jobs(
     return found
 
 
-def run(job: Job) -> Result:
-    """Run one job and judge it."""
+def run(job: Job) -> Result | Declined:
+    """Run one job and judge it; a backend may decline an option, and then nothing was shown."""
     case, name, dtype = job
     about = (case.id, case.clauses, name, dtype)
     try:
         outputs = load(name).run(case.op, case.inputs, case.parameters, case.conventions, dtype)
         verdict = judge(case, outputs, profile_of(dtype))
     except Unsupported as error:
-        return Result(*about, False, float("inf"), f"claimed but not supported: {error}")
+        return Declined(case.id, name, dtype, str(error))
     except Exception as error:
         message = " ".join(str(error).split())[:300]
         return Result(*about, False, float("inf"), f"{type(error).__name__}: {message}")
@@ -129,17 +141,20 @@ def table(results: Iterable[Result]) -> dict[str, dict[tuple[str, str], Cell]]:
 
 
 def summary(
-    results: Sequence[Result], absent: dict[str, str], root_hash: str, version: str
+    results: Sequence[Result | Declined], absent: dict[str, str], root_hash: str, version: str
 ) -> dict[str, Any]:
     """Return the whole check as plain data."""
+    declined = [result for result in results if isinstance(result, Declined)]
+    results = [result for result in results if isinstance(result, Result)]
     lacking = required(absent)
     cells = table(results)
     return {
         "refattn": version,
         "pack": root_hash,
-        "ok": all(result.ok for result in results) and not lacking,
+        "ok": bool(results) and all(result.ok for result in results) and not lacking,
         "runs": len(results),
         "failed": sum(not result.ok for result in results),
+        "not_claimed": [job._asdict() for job in declined],
         "absent": absent,
         "required_but_absent": lacking,
         "clauses": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
@@ -54,6 +55,8 @@ def _print(data: dict[str, Any]) -> None:
     for name, why in data["absent"].items():
         needed = " (required)" if name in data["required_but_absent"] else ""
         print(f"{why}{needed}")
+    for name, count in Counter(job["backend"] for job in data["not_claimed"]).items():
+        print(f"backend {name} does not claim {count} runs, which were left out (--json has them)")
     for finding in data["findings"][:SHOWN]:
         print(f"finding: {finding['case_id']}, {finding['backend']} {finding['dtype']}: "
               f"{finding['reason']}")  # fmt: skip

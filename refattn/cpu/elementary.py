@@ -94,6 +94,7 @@ ones = _constant("Return 1 in every lane.", 1.0, 1.0)
 twos = _constant("Return 2 in every lane.", 2.0, 2.0)
 two_log2_e = _constant("Return 2 log₂ e.", 2 * LOG2_E, 2 * LOG2_E)
 saturated = _constant("Return an exponent beyond which tanh is 1.", 60.0, 60.0)
+negative_saturated = _constant("Return the exponent below which tanh is -1.", -60.0, -60.0)
 smallest = _constant("Return the smallest normal number.", 2.0**-126, 2.0**-1022)
 lowest_exponent = _constant("Return the exponent below which 2ˣ is 0.", -127.0, -1023.0)
 rounding_shift = _constant(
@@ -120,8 +121,7 @@ def tanh(x):
     """Return tanh x = E/(E + 2), E = e²ˣ - 1, relative error within a few ulp everywhere."""
     t = mul(x, two_log2_e(x))
     t = where_less(saturated(x), t, saturated(x), t)
-    least = sub(sub(t, t), saturated(x))
-    t = where_less(t, least, least, t)
+    t = where_less(t, negative_saturated(x), negative_saturated(x), t)
     shifted = add(t, rounding_shift(t))
     f = sub(t, sub(shifted, rounding_shift(t)))
     power = power_of_two(shifted)
