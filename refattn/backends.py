@@ -132,9 +132,9 @@ def run_numba(
     cast = {name: cast_floats(np.asarray(array), dtype) for name, array in inputs.items()}
     cotangents, forward = _split(cast, "d_output", "d_logsumexp")
     options = {**parameters, **conventions}
-    if cotangents:
-        raise Unsupported("d_output is given, but backend numba claims the forward pass only")
     outputs = _call("cpu.attention", **forward, **options)
+    if cotangents:
+        outputs |= _call("cpu.attention_backward", **cotangents, **forward, **options)
     return {name: np.asarray(array) for name, array in outputs.items() if array is not None}
 
 

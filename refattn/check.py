@@ -141,11 +141,11 @@ def table(results: Iterable[Result]) -> dict[str, dict[tuple[str, str], Cell]]:
 
 
 def summary(
-    results: Sequence[Result | Declined], absent: dict[str, str], root_hash: str, version: str
+    outcomes: Sequence[Result | Declined], absent: dict[str, str], root_hash: str, version: str
 ) -> dict[str, Any]:
     """Return the whole check as plain data."""
-    declined = [result for result in results if isinstance(result, Declined)]
-    results = [result for result in results if isinstance(result, Result)]
+    declined = [outcome for outcome in outcomes if isinstance(outcome, Declined)]
+    results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
     lacking = required(absent)
     cells = table(results)
     return {

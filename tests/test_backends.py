@@ -159,9 +159,17 @@ def test_numpy_computes_in_the_dtype_that_is_asked_for() -> None:
 
 
 def test_an_absent_backend_says_why() -> None:
-    for name in set(BACKENDS) - {"numpy"}:
+    for name in set(BACKENDS) - {"numpy", "numba"}:
         with pytest.raises(BackendAbsent, match=f"backend {name} is absent: not part of this"):
             load(name)
+
+
+def test_a_backend_without_its_package_names_the_command(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        BackendAbsent, match=r'numba is not installed: pip install "refattn\[cpu\]"'
+    ):
+        load("numba")
 
 
 def test_an_unknown_backend_is_told_the_names() -> None:

@@ -83,29 +83,32 @@ def attention(
         ShapeError, DtypeError, OptionError: as the reference.
         Unsupported: what these kernels do not claim.
     """
-    from refattn.cpu.kernels import forward
-
     count = pool.thread_count("cpu.attention", threads)
     job = plan_job("cpu.attention", query, key, value, options)
-    run(forward, job, count)
+    run_forward(job, count)
     return AttentionResult(
         job.output.reshape(*query.shape[:-1], value.shape[-1]).astype(query.dtype, copy=False),
         job.logsumexp.reshape(query.shape[:-1]),
     )
 
 
-def run(kernel: Any, job: Job, threads: int) -> None:
-    """Run a kernel over all blocks of a job."""
+def run_forward(job: Job, threads: int) -> None:
+    """Compute the output and the logsumexp of a job."""
     from refattn.cpu.forward import scratch_size
+    from refattn.cpu.kernels import forward
 
-    plan = job.plan
-    zero, counter = job.dtype.type(0), np.zeros(1, np.int64)
-    size = scratch_size(plan, lanes(job.dtype.itemsize))
-    prepare(kernel, zero, 0, plan, job.numbers, job.rules, 0)
+    size = scratch_size(job.plan, lanes(job.dtype.itemsize))
+    run(forward, size, job, (), threads)
+
+
+def run(kernel: Any, size: int, job: Job, more: tuple[Any, ...], threads: int) -> None:
+    """Run a kernel, with so much scratch a thread, over all work of a job."""
+    zero, counter, plan = job.dtype.type(0), np.zeros(1, np.int64), job.plan
+    about = (plan, job.numbers, job.rules, *more)
+    prepare(kernel, zero, 0, *about, 0)
 
     def work() -> None:
-        room = pool.scratch(size, job.dtype)
-        kernel(zero, room, plan, job.numbers, job.rules, counter.ctypes.data)
+        kernel(zero, pool.scratch(size, job.dtype), *about, counter.ctypes.data)
 
     products = plan.batch * plan.heads * plan.n_q * plan.n_k * (plan.d_k + plan.d_v)
     pool.run(work, threads if products > SMALL else 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from numba import njit, types
 
+from refattn.cpu.products import ROW_STEP
 from refattn.cpu.simd import (
     advance,
     from_bits,
@@ -97,9 +98,7 @@ def copy_transposed(zero, address, storage, row, column, rows, columns, target, 
         buffer: scratch of lanes · columns numbers, by pointer.
     """
     lanes = lane_count(zero)
-    size = 4 if storage == NATIVE else 2
-    if storage == NATIVE and lane_count(zero) != lane_count(types.float32(0)):
-        size = 8
+    size = item_size(zero, storage)
     for i in range(0, width, lanes):
         n = max(0, min(lanes, rows - i))
         start = address + i * row * size
@@ -130,3 +129,25 @@ def turn(source, source_row, rows, columns, target, target_row):
             for i in range(r, r + n):
                 target[c * target_row + i] = source[i * source_row + c]
             c += 1
+
+
+@njit(error_model="numpy")
+def item_size(zero, storage):
+    """Return the bytes of one stored number."""
+    if storage != NATIVE:
+        return 2
+    return 4 if lane_count(zero) == lane_count(types.float32(0)) else 8
+
+
+@njit(error_model="numpy")
+def rows_of(zero, storage, t, b, h, j, n, n_k, d, d_step, target, target_row):
+    """Return n rows of keys or values as a pointer and a stride: in place where that can be.
+
+    They are copied where they are 16-bit or strided, where the register tiles would read beyond
+    a row's end (d is no multiple of d_step) or beyond the last row.
+    """
+    start = t.address + (b * t.batch + h * t.head + j * t.row) * item_size(zero, storage)
+    if storage == NATIVE and t.column <= 1 and d % d_step == 0 and j + n + ROW_STEP <= n_k:
+        return pointer(start, zero), t.row
+    copy_rows(zero, start, storage, t.row, t.column, n, d, target, target_row)
+    return target, target_row

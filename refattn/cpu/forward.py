@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from numba import njit, types
 
-from refattn.cpu.band import lanes_seeing, reach
-from refattn.cpu.copying import NATIVE, copy_rows
+from refattn.cpu.band import reach
+from refattn.cpu.banded import edge_scores, edge_values, scores
+from refattn.cpu.copying import rows_of
 from refattn.cpu.host import VECTORS
 from refattn.cpu.logits import adjust, bar_outside, gather_added
 from refattn.cpu.online import add_weighted_rows, finite_rows, scale_panel, softmax_tile
-from refattn.cpu.panel import begin_panel, end_panel, item_size, leave_empty, panel_at, up
+from refattn.cpu.panel import begin_panel, end_panel, leave_empty, panel_at, up
 from refattn.cpu.plan import Plan
-from refattn.cpu.products import ADD, ROW_STEP, SCALE, STORE, multiply
+from refattn.cpu.products import ROW_STEP, SCALE, multiply
 from refattn.cpu.simd import (
     advance,
     claim,
@@ -27,12 +28,6 @@ from refattn.cpu.simd import (
 PANELS = 2
 """Panels of queries that share each tile of keys and values."""
 
-CHUNK = 64
-"""Features summed at once; the sums of chunks are then added (a shorter sum rounds less)."""
-
-GROUP = 16
-"""Keys of a tile at the edge of the band whose queries are found together."""
-
 
 def scratch_size(plan: Plan, lanes: int) -> int:
     """Return how many numbers of scratch a thread of `forward` needs."""
@@ -40,63 +35,6 @@ def scratch_size(plan: Plan, lanes: int) -> int:
     width = VECTORS * lanes
     panels = PANELS * width * (d_k + d_v + 3)
     return panels + 2 * tile * width + tile * (d_k + d_v) + width * max(d_k, d_v)
-
-
-@njit(error_model="numpy")
-def scores(zero, K, k_row, n, Q, width, start, vectors, d, S):
-    """Write Sᵀ = K Qᵀ for some vectors of a panel, the features summed chunk by chunk."""
-    for x in range(0, d, CHUNK):
-        depth = min(CHUNK, d - x)
-        mode = STORE if x == 0 else ADD
-        multiply(
-            zero,
-            advance(K, x),
-            k_row,
-            1,
-            up(n, ROW_STEP),
-            advance(Q, x * width + start),
-            width,
-            depth,
-            advance(S, start),
-            width,
-            vectors,
-            mode,
-            S,
-        )
-
-
-@njit(error_model="numpy")
-def vectors_seeing(zero, plan, first, rows, j, n, vectors):
-    """Return the first vector of a panel that sees some of n keys, and how many follow."""
-    lanes = lane_count(zero)
-    low, high = lanes_seeing(plan, first, rows, j, n)
-    start = low // lanes
-    return start, max(0, min(vectors, (high + lanes - 1) // lanes) - start)
-
-
-@njit(error_model="numpy")
-def edge_scores(zero, plan, K, k_row, first, rows, j, n, Q, vectors, S):
-    """Write Sᵀ = K Qᵀ at the edge of the band, only for the vectors that see some key."""
-    width = vectors * lane_count(zero)
-    for y in range(0, n, GROUP):
-        keys = min(GROUP, n - y)
-        start, seeing = vectors_seeing(zero, plan, first, rows, j + y, keys, vectors)
-        K_y, S_y = advance(K, y * k_row), advance(S, y * width)
-        start *= lane_count(zero)
-        scores(zero, K_y, k_row, keys, Q, width, start, seeing, plan.d_k, S_y)
-
-
-@njit(error_model="numpy")
-def edge_values(zero, plan, V, v_row, first, rows, j, n, P, vectors, O):
-    """Add Vᵀ Pᵀ to Oᵀ at the edge of the band, only for the vectors that see some key."""
-    width, d = vectors * lane_count(zero), up(plan.d_v, ROW_STEP)
-    for y in range(0, n, GROUP):
-        keys = min(GROUP, n - y)
-        start, seeing = vectors_seeing(zero, plan, first, rows, j + y, keys, vectors)
-        start *= lane_count(zero)
-        V_y, P_y = advance(V, y * v_row), advance(P, y * width + start)
-        O_y = advance(O, start)
-        multiply(zero, V_y, 1, v_row, d, P_y, width, keys, O_y, width, seeing, ADD, O_y)
 
 
 @njit(error_model="numpy")
@@ -132,11 +70,11 @@ def attend_tile(
     if inside:
         scores(zero, K, k_row, n, Q, width, 0, vectors, plan.d_k, S)
     else:
-        edge_scores(zero, plan, K, k_row, first, rows, j, n, Q, vectors, S)
+        edge_scores(zero, plan, K, k_row, first, rows, j, n, Q, vectors, plan.d_k, S)
     if terms:
         if plan.mask.address != 0 or plan.bias.address != 0:
             gather_added(zero, plan, numbers, b, h, i, rows, j, n, added, width)
-        adjust(zero, plan, numbers, slope, first, j, n, S, added, vectors)
+        adjust(zero, plan, numbers, slope, first, j, n, S, added, vectors, added, False)
     if not inside:
         bar_outside(zero, plan, numbers, first, rows, j, n, S, vectors)
     # lines 10-11
@@ -150,23 +88,9 @@ def attend_tile(
         return
     scale_panel(O, panel.alpha, plan.d_v, vectors, zero)
     if all_read:
-        edge_values(zero, plan, V, v_row, first, rows, j, n, S, vectors, O)
+        edge_values(zero, plan, V, v_row, first, rows, j, n, S, vectors, plan.d_v, O)
     else:
         add_weighted_rows(zero, V, v_row, n, plan.d_v, S, O, vectors)
-
-
-@njit(error_model="numpy")
-def rows_of(zero, storage, t, b, h, j, n, n_k, d, d_step, target, target_row):
-    """Return n rows of keys or values as a pointer and a stride: in place where that can be.
-
-    They are copied where they are 16-bit or strided, where the register tiles would read beyond
-    a row's end (d is no multiple of d_step) or beyond the last row.
-    """
-    start = t.address + (b * t.batch + h * t.head + j * t.row) * item_size(zero, storage)
-    if storage == NATIVE and t.column <= 1 and d % d_step == 0 and j + n + ROW_STEP <= n_k:
-        return pointer(start, zero), t.row
-    copy_rows(zero, start, storage, t.row, t.column, n, d, target, target_row)
-    return target, target_row
 
 
 @njit(error_model="numpy")

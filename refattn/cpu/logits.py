@@ -8,7 +8,7 @@ from __future__ import annotations
 from numba import njit, types
 
 from refattn.cpu.copying import read
-from refattn.cpu.elementary import tanh
+from refattn.cpu.elementary import ones, tanh
 from refattn.cpu.plan import (
     ABSOLUTE,
     AFTER_BIAS,
@@ -61,12 +61,12 @@ def gather_added(zero, plan, numbers, b, h, i, rows, j, n, added, width):
             if mask.address != 0 and not allowed[(i + x) * mask.row + (j + y) * mask.column]:
                 total = -numbers.infinity
             added[y * width + x] = total
-        for x in range(rows, width):
-            added[y * width + x] = zero
+        for x in range(rows, width):  # a missing row sees nothing
+            added[y * width + x] = -numbers.infinity
 
 
 @njit(error_model="numpy")
-def adjust(zero, plan, numbers, slope, first, j, n, S, added, vectors):
+def adjust(zero, plan, numbers, slope, first, j, n, S, added, vectors, bend, bent):
     """Turn the products of a tile into logits.
 
     Spec: OWN-SOFTCAP1, OWN-BIAS1, ALIBI-S3a, OWN-ALIBI1.
@@ -84,6 +84,8 @@ def adjust(zero, plan, numbers, slope, first, j, n, S, added, vectors):
         S: (n, vectors · lanes), by pointer.
         added: likewise: bias, -∞ where forbidden.
         vectors: of the panel.
+        bend: likewise; the softcap's derivative is written here if `bent`.
+        bent: as said.
     """
     lanes = lane_count(zero)
     scale, cap = splat(numbers.scale), splat(numbers.softcap)
@@ -94,30 +96,42 @@ def adjust(zero, plan, numbers, slope, first, j, n, S, added, vectors):
             at = (y * vectors + v) * lanes
             logits = mul(load(S, at), scale)
             if plan.softcap == BEFORE_BIAS:
-                logits = mul(cap, tanh(div(logits, cap)))
+                logits = _soften(logits, cap, bend, at, bent)
             terms = nothing
             if plan.distance != NO_DISTANCE:
-                steps = _steps(zero, plan, convert(first + v * lanes, zero), convert(j + y, zero))
+                steps = steps_ahead(
+                    zero, plan, convert(first + v * lanes, zero), convert(j + y, zero)
+                )
                 terms = mul(splat(slope), steps)
             if given:
                 terms = add(terms, load(added, at))
             logits = add(logits, terms)
             if plan.softcap == AFTER_BIAS:
-                logits = mul(cap, tanh(div(logits, cap)))
+                logits = _soften(logits, cap, bend, at, bent)
             if given:
                 logits = _bar(numbers, load(added, at), logits)
             store(S, at, logits)
 
 
 @njit(error_model="numpy")
-def _steps(zero, plan, position, key):
+def _soften(logits, cap, bend, at, bent):
+    """Return c·tanh(S/c), and write its derivative 1 - tanh²(S/c) if it is asked for."""
+    t = tanh(div(logits, cap))
+    if bent:
+        store(bend, at, sub(ones(t), mul(t, t)))
+    return mul(cap, t)
+
+
+@njit(error_model="numpy")
+def steps_ahead(zero, plan, position, key):
     """Return ALiBi's factor of the slope for a vector of queries and one key."""
-    ahead = sub(splat(key), add(splat(position), lane_numbers(zero)))
+    start, column = splat(convert(position, zero)), splat(convert(key, zero))
+    ahead = sub(column, add(start, lane_numbers(zero)))
     if plan.distance == ABSOLUTE:
         return where_less(splat(zero), ahead, sub(splat(zero), ahead), ahead)
     if plan.distance == SIGNED:
         return ahead
-    return splat(key)
+    return column
 
 
 @njit(error_model="numpy")

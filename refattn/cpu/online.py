@@ -100,9 +100,26 @@ def add_weighted_rows(zero, V, v_row, n, d, P, O, vectors):
     for y in range(n):
         for v in range(vectors):
             weight = load(P, (y * vectors + v) * lanes)
+            size = maximum(sub(splat(zero), weight), weight)
             for x in range(d):
                 at = (x * vectors + v) * lanes
                 old = load(O, at)
                 total = fma(weight, splat(V[y * v_row + x]), old)
-                # a weight that is no number is not less, and is read
-                store(O, at, where_less(weight, smallest(weight), old, total))
+                # a weight that is no number is not less, and reads
+                store(O, at, where_less(size, smallest(size), old, total))
+
+
+@njit(error_model="numpy")
+def add_weighted_columns(zero, P, n, width, rows, d, C):
+    """Add P · rows to C, where a weight of zero reads nothing of its row.
+
+    Spec: OWN-POISON1.
+    """
+    lanes = lane_count(zero)
+    for y in range(n):
+        for i in range(width):
+            weight = P[y * width + i]
+            if weight != zero:  # a NaN is not zero, and reads
+                for x in range(0, d, lanes):
+                    old = load(C, y * d + x)
+                    store(C, y * d + x, fma(splat(weight), load(rows, i * d + x), old))

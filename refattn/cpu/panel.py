@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from numba import njit, types
 
-from refattn.cpu.copying import NATIVE, copy_transposed, fill, turn
+from refattn.cpu.copying import copy_transposed, fill, item_size, turn
 from refattn.cpu.elementary import ones, smallest
 from refattn.cpu.host import VECTORS
 from refattn.cpu.products import ROW_STEP
@@ -51,14 +51,6 @@ class Panel(NamedTuple):
 def up(n, step):
     """Return n rounded up to a multiple of a step."""
     return (n + step - 1) // step * step
-
-
-@njit(error_model="numpy")
-def item_size(zero, storage):
-    """Return the bytes of one stored number."""
-    if storage != NATIVE:
-        return 2
-    return 4 if lane_count(zero) == lane_count(types.float32(0)) else 8
 
 
 @njit(error_model="numpy")

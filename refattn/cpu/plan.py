@@ -81,6 +81,7 @@ class Numbers(NamedTuple):
     """|scale| · log₂ e, from products to powers of two."""
     ln_2: Any
     infinity: Any
+    one: Any
 
 
 class Rules(NamedTuple):
@@ -110,5 +111,5 @@ def tensor(array: np.ndarray[Any, Any] | None) -> Tensor:
 def numbers(dtype: Any, scale: float, softcap: float | None) -> Numbers:
     """Return the real numbers of an attention, each rounded once."""
     size, log2_e = abs(scale), 1.0 / np.log(2.0)
-    values = (size, softcap or 1.0, log2_e, size * log2_e, np.log(2.0), np.inf)
+    values = (size, softcap or 1.0, log2_e, size * log2_e, np.log(2.0), np.inf, 1.0)
     return Numbers(*(np.dtype(dtype).type(value) for value in values))
