@@ -18,7 +18,7 @@ import pytest
 from optional import require
 
 require("numba")
-from numba import njit, typeof, types  # noqa: E402
+from numba import njit, typeof  # noqa: E402
 
 from refattn.cpu import elementary, products, simd  # noqa: E402
 from refattn.cpu.copying import BFLOAT16, FLOAT16, NATIVE, copy_rows, copy_transposed  # noqa: E402
@@ -215,12 +215,13 @@ def test_the_kernel_multiplies_whole_vectors(dtype):
         pytest.skip(f"no instruction is known for the target {HOST.name}")
     from refattn.cpu.attention import plan_job
     from refattn.cpu.forward import forward
+    from refattn.cpu.plan import flatten
 
     x = np.zeros((1, 1, 4, 8), dtype)
     job = plan_job("test", x, x, x, {})
     fresh = njit(error_model="numpy")(forward)  # what is cached cannot be read
-    signature = (typeof(dtype(0)), types.intp, typeof(job.plan), typeof(job.numbers))
-    fresh.compile((*signature, typeof(job.rules), types.intp))
+    integers, reals = np.array(flatten(job.plan)), np.array(job.numbers, dtype)
+    fresh.compile(tuple(typeof(a) for a in (dtype(0), 0, 0, integers, reals, *job.rules)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         code = fresh.inspect_asm(fresh.signatures[0])

@@ -23,6 +23,7 @@ from refattn.cpu.plan import (
     Numbers,
     Plan,
     Rules,
+    flatten,
     numbers,
     tensor,
 )
@@ -101,14 +102,17 @@ def run_forward(job: Job, threads: int) -> None:
     run(forward, size, job, (), threads)
 
 
-def run(kernel: Any, size: int, job: Job, more: tuple[Any, ...], threads: int) -> None:
+def run(kernel: Any, size: int, job: Job, more: tuple[NDArray, ...], threads: int) -> None:
     """Run a kernel, with so much scratch a thread, over all work of a job."""
-    zero, counter, plan = job.dtype.type(0), np.zeros(1, np.int64), job.plan
-    about = (plan, job.numbers, job.rules, *more)
-    prepare(kernel, zero, 0, *about, 0)
+    zero, plan = job.dtype.type(0), job.plan
+    integers, reals = np.array(flatten(plan)), np.array(job.numbers, job.dtype)
+    about = (integers, reals, *job.rules, *more)
+    counter = np.zeros(1, np.int64)
+    claimed = counter.ctypes.data
+    prepare(kernel, zero, 0, claimed, *about)
 
     def work() -> None:
-        kernel(zero, pool.scratch(size, job.dtype), *about, counter.ctypes.data)
+        kernel(zero, pool.scratch(size, job.dtype), claimed, *about)
 
     products = plan.batch * plan.heads * plan.n_q * plan.n_k * (plan.d_k + plan.d_v)
     pool.run(work, threads if products > SMALL else 1)

@@ -12,7 +12,7 @@ from refattn.cpu import pool
 from refattn.cpu.attention import Job, NDArray, four_axes, plan_job, run, run_forward
 from refattn.cpu.gradients import Gradients
 from refattn.cpu.host import lanes
-from refattn.cpu.plan import tensor
+from refattn.cpu.plan import flatten, tensor
 from refattn.cpu.products import ROW_STEP
 from refattn.options import AttentionOptions
 
@@ -102,7 +102,7 @@ def _run(
     addresses = {"d_bias": 0, "d_logsumexp": 0} | addresses
     grads = Gradients(d_output=tensor(cotangent), splits=splits, keys=keys, **addresses)
     size = scratch_size(plan, lanes(dtype.itemsize))
-    run(backward, size, job, (grads,), threads)
+    run(backward, size, job, (np.array(flatten(grads)),), threads)
     return arrays
 
 

@@ -14,11 +14,20 @@ from refattn.cpu.band import reach
 from refattn.cpu.banded import edge_outer, edge_scores, edge_values, outer, scores
 from refattn.cpu.copying import fill, rows_of
 from refattn.cpu.elementary import exp2, smallest
+from refattn.cpu.gradients import read_gradients
 from refattn.cpu.host import VECTORS
 from refattn.cpu.logits import adjust, bar_outside, gather_added, steps_ahead
 from refattn.cpu.online import add_weighted_columns, add_weighted_rows, finite_rows
 from refattn.cpu.panel import up
-from refattn.cpu.plan import BEFORE_BIAS, NO_DISTANCE, NO_SOFTCAP, Plan
+from refattn.cpu.plan import (
+    BEFORE_BIAS,
+    NO_DISTANCE,
+    NO_SOFTCAP,
+    Plan,
+    Rules,
+    read_numbers,
+    read_plan,
+)
 from refattn.cpu.products import ADD, ROW_STEP, multiply
 from refattn.cpu.simd import (
     advance,
@@ -250,7 +259,7 @@ def scale_keys(zero, plan, numbers, grads, pair, split):
         dK[x] *= numbers.scale
 
 
-def backward(zero, scratch, plan, numbers, rules, grads, counter):
+def backward(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes, sinks, gradients):
     """Work through the ranges of keys of an attention until none is left; run by every thread.
 
     Spec: FA1-ALG4, OWN-BACKWARD1, OWN-GQA1. Differs: OWN-SOFTCAP1.
@@ -258,12 +267,18 @@ def backward(zero, scratch, plan, numbers, rules, grads, counter):
     Args:
         zero: a number of the computing format.
         scratch: address of `scratch_size` numbers, of this thread alone.
-        plan: of the attention, whose output and logsumexp hold the forward pass.
-        numbers: of the attention.
-        rules: of the attention.
-        grads: where the gradients go, all zeros before.
         counter: address of the number of ranges that were claimed, shared by the threads.
+        integers: the plan, flat; its output and logsumexp hold the forward pass.
+        reals: the numbers, likewise.
+        offsets: see `plan.Rules`; likewise the next four.
+        n_q: query lengths.
+        n_k: key lengths.
+        slopes: by head.
+        sinks: by head.
+        gradients: where they go, flat; all zeros before.
     """
+    plan, numbers, grads = read_plan(integers), read_numbers(reals), read_gradients(gradients)
+    rules = Rules(offsets, n_q, n_k, slopes, sinks)
     size = PANELS * VECTORS * lane_count(zero)
     blocks, pairs = (plan.n_q + size - 1) // size, plan.batch * plan.key_heads
     group = plan.heads // plan.key_heads

@@ -29,6 +29,10 @@ PATIENCE = 1.0
 """Seconds after which a kernel that is not there yet is said to be compiling."""
 
 
+_ready: set[tuple[Any, type]] = set()
+"""Kernels and formats that need no more preparation."""
+
+
 def source_digest() -> str:
     """Return a digest of every source of the kernels, and of Numba's version."""
     digest = hashlib.sha256(numba.__version__.encode())
@@ -101,10 +105,13 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def prepare(dispatcher: Any, *arguments: Any) -> None:
-    """Load or compile a kernel for the types of some arguments, one process at a time."""
-    signature = tuple(typeof(argument) for argument in arguments)
-    if signature in dispatcher.overloads:
+    """Load or compile a kernel for the types of some arguments, one process at a time.
+
+    A kernel has one signature a computing format, which is the type of its first argument.
+    """
+    if (dispatcher, type(arguments[0])) in _ready:
         return
+    signature = tuple(typeof(argument) for argument in arguments)
     name = f"{dispatcher.py_func.__name__} in {signature[0]}"
     sentence = "compiling the kernel %s: once a machine, about ten seconds"
     notice = threading.Timer(PATIENCE, log.info, (sentence, name))
@@ -115,6 +122,7 @@ def prepare(dispatcher: Any, *arguments: Any) -> None:
             dispatcher.compile(signature)
     finally:
         notice.cancel()
+    _ready.add((dispatcher, type(arguments[0])))
 
 
 @contextlib.contextmanager

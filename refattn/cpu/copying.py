@@ -13,6 +13,7 @@ from refattn.cpu.simd import (
     load_bfloat16,
     load_float16,
     pointer,
+    prefetch,
     store,
     transpose,
 )
@@ -151,3 +152,16 @@ def rows_of(zero, storage, t, b, h, j, n, n_k, d, d_step, target, target_row):
         return pointer(start, zero), t.row
     copy_rows(zero, start, storage, t.row, t.column, n, d, target, target_row)
     return target, target_row
+
+
+@njit(error_model="numpy")
+def fetch_rows(zero, storage, t, b, h, j, n, d):
+    """Ask for n rows of keys or values ahead of their use, where they are read in place."""
+    if storage != NATIVE or t.column != 1:
+        return
+    size = item_size(zero, storage)
+    line = 64 // size
+    rows = pointer(t.address + (b * t.batch + h * t.head + j * t.row) * size, zero)
+    for y in range(n):
+        for x in range(0, d, line):
+            prefetch(rows, y * t.row + x)

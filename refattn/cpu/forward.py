@@ -11,12 +11,12 @@ from numba import njit, types
 
 from refattn.cpu.band import reach
 from refattn.cpu.banded import edge_scores, edge_values, scores
-from refattn.cpu.copying import rows_of
+from refattn.cpu.copying import fetch_rows, rows_of
 from refattn.cpu.host import VECTORS
 from refattn.cpu.logits import adjust, bar_outside, gather_added
 from refattn.cpu.online import add_weighted_rows, finite_rows, scale_panel, softmax_tile
 from refattn.cpu.panel import begin_panel, end_panel, leave_empty, panel_at, up
-from refattn.cpu.plan import Plan
+from refattn.cpu.plan import Plan, Rules, read_numbers, read_plan
 from refattn.cpu.products import ROW_STEP, SCALE, multiply
 from refattn.cpu.simd import (
     advance,
@@ -134,6 +134,9 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
         V, v_row = rows_of(
             zero, plan.storage, plan.value, b, g, j, n, plan.n_k, plan.d_v, ROW_STEP, values, d_v
         )
+        ahead = min(plan.key_tile, high - j - n)
+        fetch_rows(zero, plan.storage, plan.key, b, g, j + n, ahead, plan.d_k)
+        fetch_rows(zero, plan.storage, plan.value, b, g, j + n, ahead, plan.d_v)
         for p in range(PANELS):
             i = q0 + p * width
             rows = max(0, min(width, valid - i))
@@ -155,17 +158,23 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
             end_panel(zero, plan, b, h, i, rows, panel)
 
 
-def forward(zero, scratch, plan, numbers, rules, counter):
+def forward(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes, sinks):
     """Work through the blocks of an attention until none is left; run by every thread.
 
     Args:
         zero: a number of the computing format.
         scratch: address of `scratch_size` numbers, of this thread alone.
-        plan: of the attention.
-        numbers: of the attention.
-        rules: of the attention.
         counter: address of the number of blocks that were claimed, shared by the threads.
+        integers: the plan, flat.
+        reals: the numbers, likewise.
+        offsets: see `plan.Rules`; likewise the rest.
+        n_q: query lengths.
+        n_k: key lengths.
+        slopes: by head.
+        sinks: by head.
     """
+    plan, numbers = read_plan(integers), read_numbers(reals)
+    rules = Rules(offsets, n_q, n_k, slopes, sinks)
     size = PANELS * VECTORS * lane_count(zero)
     blocks, pairs = (plan.n_q + size - 1) // size, plan.batch * plan.heads
     room, claimed = pointer(scratch, zero), pointer(counter, types.int64(0))

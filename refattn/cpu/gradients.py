@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from refattn.cpu.plan import Tensor
+from numba import njit
+
+from refattn.cpu.plan import Tensor, tensor_at
 
 
 class Gradients(NamedTuple):
@@ -28,3 +30,11 @@ class Gradients(NamedTuple):
     """Ranges of keys a head."""
     keys: int
     """Keys a range, a multiple of `products.ROW_STEP`."""
+
+
+@njit(error_model="numpy")
+def read_gradients(i):
+    """Return the gradients of `flatten(gradients)`."""
+    return Gradients(
+        tensor_at(i, 0), i[5], i[6], i[7], i[8], i[9], i[10], i[11], i[12], i[13]
+    )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import njit
 
 OPEN = 2**40
 """A side of the window without a bound, in tokens."""
@@ -113,3 +114,35 @@ def numbers(dtype: Any, scale: float, softcap: float | None) -> Numbers:
     size, log2_e = abs(scale), 1.0 / np.log(2.0)
     values = (size, softcap or 1.0, log2_e, size * log2_e, np.log(2.0), np.inf, 1.0)
     return Numbers(*(np.dtype(dtype).type(value) for value in values))
+
+
+def flatten(record: tuple[Any, ...]) -> list[int]:
+    """Return the integers of a record and of the tensors in it, in order."""
+    return [n for field in record for n in (field if isinstance(field, tuple) else (field,))]
+
+
+@njit(error_model="numpy")
+def tensor_at(integers, at):
+    """Return the tensor whose five integers start at a place."""
+    return Tensor(
+        integers[at], integers[at + 1], integers[at + 2], integers[at + 3], integers[at + 4]
+    )
+
+
+@njit(error_model="numpy")
+def read_plan(i):
+    """Return the plan of `flatten(plan)`.
+
+    A kernel takes flat arrays: Numba would look at each field of a record in every call.
+    """
+    return Plan(
+        tensor_at(i, 0), tensor_at(i, 5), tensor_at(i, 10), tensor_at(i, 15), tensor_at(i, 20),
+        tensor_at(i, 25), i[30], i[31], i[32], i[33], i[34], i[35], i[36], i[37], i[38], i[39],
+        i[40], i[41], i[42], i[43], i[44], i[45], i[46], i[47],
+    )  # fmt: skip
+
+
+@njit(error_model="numpy")
+def read_numbers(x):
+    """Return the numbers of an array of them."""
+    return Numbers(x[0], x[1], x[2], x[3], x[4], x[5], x[6])

@@ -135,6 +135,21 @@ def store(typing: Any, p: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typing: Any, p: Any, index: Any) -> Any:
+    """Ask for the cache line of an element, into the second level; it changes no value."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        place = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
+        builder.call(function, [place, *(ir.Constant(I32, n) for n in (0, 2, 1))])
+        return context.get_dummy_value()
+
+    return types.void(p, types.intp), emit
+
+
+@intrinsic
 def splat(typing: Any, number: Any) -> Any:
     """Return a scalar in every lane."""
     vector = Vector(number)
