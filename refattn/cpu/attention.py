@@ -94,12 +94,34 @@ def attention(
 
 
 def run_forward(job: Job, threads: int) -> None:
-    """Compute the output and the logsumexp of a job."""
+    """Compute the output and the logsumexp of a job, by the kernel that suits its sizes."""
+    from refattn.cpu import decode
     from refattn.cpu.forward import scratch_size
+
+    if decode.suits(job.plan):
+        run_decode(job, threads)
+        return
     from refattn.cpu.kernels import forward
 
     size = scratch_size(job.plan, lanes(job.dtype.itemsize))
     run(forward, size, job, (), threads)
+
+
+def run_decode(job: Job, threads: int) -> None:
+    """Compute a job of few queries: parts of the keys, then their merge."""
+    from refattn.cpu.decode import parts_of, scratch_size
+    from refattn.cpu.kernels import decode, merge_all
+
+    plan, count = job.plan, parts_of(job.plan)
+    results = np.empty((plan.batch, plan.heads, plan.n_q, count, 2 + plan.d_v), job.dtype)
+    place = np.array([results.ctypes.data, count])
+    size = scratch_size(plan, lanes(job.dtype.itemsize))
+    run(decode, size, job, (place,), threads)
+    zero = job.dtype.type(0)
+    integers, reals = np.array(flatten(plan)), np.array(job.numbers, job.dtype)
+    about = (zero, integers, reals, job.rules.query_lengths, job.rules.sinks, place)
+    prepare(merge_all, *about)
+    merge_all(*about)
 
 
 def run(kernel: Any, size: int, job: Job, more: tuple[NDArray, ...], threads: int) -> None:

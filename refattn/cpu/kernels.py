@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from refattn.cpu import backward as _backward
+from refattn.cpu import decode as _decode
 from refattn.cpu import forward as _forward
 from refattn.cpu.compiling import kernel
 
@@ -11,3 +12,9 @@ forward = kernel(_forward.forward)
 
 backward = kernel(_backward.backward)
 """See `refattn.cpu.backward.backward`."""
+
+decode = kernel(_decode.decode)
+"""See `refattn.cpu.decode.decode`."""
+
+merge_all = kernel(_decode.merge_all)
+"""See `refattn.cpu.decode.merge_all`."""
