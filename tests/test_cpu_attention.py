@@ -234,7 +234,7 @@ import sys
 import numpy as np
 from refattn import cpu
 from refattn.cpu.compiling import FOLDER
-x = np.ones((1, 1, 3, 5), sys.argv[1])
+x = np.ones((1, 1, 9, 5), sys.argv[1])
 assert np.array_equal(cpu.attention(x, x, x).output, x), "wrong"
 print(len(list(FOLDER.glob("*.nbc"))))
 """

@@ -25,14 +25,11 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
     """Time attention turn by turn with every library that is installed here."""
-    import logging
-
     from refattn.bench import bench as run
     from refattn.checks import check_option
-    from refattn.cli.out import print_json, progress
+    from refattn.cli.out import announce, print_json, progress
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("refattn.cpu").setLevel(logging.INFO)
+    announce()
     masks = tuple(mask or ("full", "causal"))
     for word in masks:
         check_option("bench", "mask", word, ("full", "causal"))
