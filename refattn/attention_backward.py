@@ -68,7 +68,7 @@ def attention_backward(
         ShapeError, DtypeError, OptionError, MemoryLimitError: as `attention`.
     """
     problem = resolve("attention_backward", query, key, value, options)
-    _check_cotangents(d_output, query, value, d_logsumexp)
+    check_cotangents(d_output, query, value, d_logsumexp)
     xp, head_map = problem.xp, problem.options["head_map"]
     dO = widen(d_output)
     P, L = weigh(problem)
@@ -96,9 +96,14 @@ def attention_backward(
     )
 
 
-def _check_cotangents(
+def check_cotangents(
     d_output: Array, query: Array, value: Array, d_logsumexp: Array | None
 ) -> None:
+    """Check that the cotangents have the shapes and the dtype of what they belong to.
+
+    Raises:
+        ShapeError, DtypeError: they do not.
+    """
     lead = " ".join(str(n) for n in query.shape[:-1])
     check_shapes(
         "attention_backward",

@@ -7,6 +7,7 @@ how its functions are called.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -28,7 +29,6 @@ BACKENDS = ("numpy", "numpy-tiled", "numba", "numba-cuda", "cupy")
 """Every backend, whether it loads here or not."""
 
 ABSENT = {
-    "numba": "not part of this release",
     "numba-cuda": "not part of this release",
     "cupy": "not part of this release",
 }
@@ -49,8 +49,12 @@ OPS = (
 )
 """Every operation that a case can ask for."""
 
-CLAIMS: dict[str, tuple[str, ...]] = {"numpy": OPS, "numpy-tiled": ("attention",)}
-"""Operations that each backend of this release claims."""
+CLAIMS: dict[str, tuple[str, ...]] = {
+    "numpy": OPS,
+    "numpy-tiled": ("attention",),
+    "numba": ("attention",),
+}
+"""Operations that each backend of this release claims, some of them not under every option."""
 
 TILED_TEXT = frozenset({"FA1-S31", "FA1-ALG1", "FA1-ALG2", "FA1-ALG4", "FA1-THM1"})
 """Clauses that say how attention goes tile by tile; a matrix text does not state them."""
@@ -58,7 +62,11 @@ TILED_TEXT = frozenset({"FA1-S31", "FA1-ALG1", "FA1-ALG2", "FA1-ALG4", "FA1-THM1
 MATRIX_TEXT = frozenset({"FA1-S22", "FA1-ALG0", "FA1-ALG3"})
 """Clauses that say how attention goes by whole matrices; a tiled text does not state them."""
 
-UNSTATED = {("numpy", "attention"): TILED_TEXT, ("numpy-tiled", "attention"): MATRIX_TEXT}
+UNSTATED = {
+    ("numpy", "attention"): TILED_TEXT,
+    ("numpy-tiled", "attention"): MATRIX_TEXT,
+    ("numba", "attention"): MATRIX_TEXT,
+}
 """Clauses whose vectors a backend may run, but of which its run proves nothing."""
 
 TILE = {"block_rows": 13, "block_cols": 17}
@@ -91,6 +99,9 @@ def load(name: str) -> Backend:
         raise BackendAbsent(f"there is no backend {name}; there are {', '.join(BACKENDS)}")
     if name in ABSENT:
         raise BackendAbsent(f"backend {name} is absent: {ABSENT[name]}")
+    if name == "numba" and importlib.util.find_spec("numba") is None:
+        remedy = 'numba is not installed: pip install "refattn[cpu]"'
+        raise BackendAbsent(f"backend {name} is absent: {remedy}")
     ops = _OPS[name]
 
     def run(
@@ -258,6 +269,14 @@ def _refuse_beyond_listings(inputs: Arrays, options: dict[str, Any]) -> None:
         raise Unsupported(f"the case has {', '.join(beyond)}, but the tiled listings do not")
 
 
+def _numba_attention(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    cotangents, forward = _split(inputs, "d_output", "d_logsumexp")
+    outputs = _call("cpu.attention", **forward, **options)
+    if cotangents:
+        outputs |= _call("cpu.attention_backward", **cotangents, **forward, **options)
+    return outputs
+
+
 _OPS: dict[str, dict[str, Op]] = {
     "numpy": {
         "attention": _attention,
@@ -273,5 +292,6 @@ _OPS: dict[str, dict[str, Op]] = {
         "keep_mask": _keep_mask,
     },
     "numpy-tiled": {"attention": _tiled_attention},
+    "numba": {"attention": _numba_attention},
 }
 """How the functions of a backend are called for each operation."""

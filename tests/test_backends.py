@@ -164,6 +164,14 @@ def test_an_absent_backend_says_why() -> None:
             load(name)
 
 
+def test_a_backend_without_its_package_names_the_command(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        BackendAbsent, match=r'numba is not installed: pip install "refattn\[cpu\]"'
+    ):
+        load("numba")
+
+
 def test_an_unknown_backend_is_told_the_names() -> None:
     with pytest.raises(
         BackendAbsent, match="there is no backend torch; there are numpy, numpy-tiled"
@@ -182,9 +190,9 @@ def test_what_is_not_claimed_is_refused() -> None:
 def test_a_backend_is_credited_with_the_clauses_that_its_text_states() -> None:
     assert set(CLAIMS["numpy"]) == set(OPS) == set(CALLS)
     assert claiming("ROPE-EQ34", {"rope"}) == ("numpy",)
-    assert claiming("VAS-EQ1", {"attention"}) == ("numpy", "numpy-tiled")
-    assert claiming("FA1-ALG4", {"attention"}) == ("numpy-tiled",)
-    assert claiming("FA1-ALG1", {"attention", "tiles"}) == ("numpy", "numpy-tiled")
+    assert claiming("VAS-EQ1", {"attention"}) == ("numpy", "numpy-tiled", "numba")
+    assert claiming("FA1-ALG4", {"attention"}) == ("numpy-tiled", "numba")
+    assert claiming("FA1-ALG1", {"attention", "tiles"}) == ("numpy", "numpy-tiled", "numba")
     assert claiming("FA1-ALG3", {"attention"}) == ("numpy",)
     assert claiming("VAS-EQ1", {"convolution"}) == claiming("VAS-EQ1", ()) == ()
 

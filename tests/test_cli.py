@@ -62,7 +62,7 @@ def test_unknown_words_are_bad_usage(words: tuple[str, ...]) -> None:
     [
         (("spec", "show", "FA1-ALG7"), "there is no clause FA1-ALG7; near it: "),
         (("spec", "list", "--chapter", "flamingo"), "there is no chapter flamingo; there are vas"),
-        (("check", "--backend", "numba"), "backend numba is absent: not part of this release"),
+        (("check", "--backend", "cupy"), "backend cupy is absent: not part of this release"),
         (("check", "--backend", "abacus"), "there is no backend abacus"),
         (("check", "--clause", "FA2-ALG1"), "there is no clause FA2-ALG1"),
         (("check", "--dtype", "float8"), "dtype is 'float8', but it must be one of float64"),
@@ -91,7 +91,7 @@ def test_a_missing_extra_names_the_command_that_installs_it(
 def test_every_optional_module_is_in_the_extra_that_is_named() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8")
     extras = tomllib.loads(text)["project"]["optional-dependencies"]
-    packages = {"flint": "python-flint", "jaxlib": "jax"}
+    packages = {"flint": "python-flint", "jaxlib": "jax", "llvmlite": "numba"}
     for module, extra in cli.EXTRAS.items():
         package = packages.get(module, module.replace("_", "-"))
         assert any(line.startswith(package) for line in extras[extra]), module
@@ -285,7 +285,7 @@ def test_a_required_backend_that_is_absent_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["check", "--clause", "OWN-SINK1", "--dtype", "float64"]
-    monkeypatch.setenv(check.REQUIRE, "torch, numba")
+    monkeypatch.setenv(check.REQUIRE, "torch, cupy")
     assert cli.main(words) == 1
     assert "not part of this release (required)" in capsys.readouterr().out
     monkeypatch.setenv(check.REQUIRE, "torch,numpy")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from refattn.backends import load
+from refattn.backends import CLAIMS, BackendAbsent, Unsupported, load
 from refattn.bounds import profile_of
 from refattn.judge import judge
 from refattn.vectors import core_pack
@@ -16,6 +16,26 @@ def test_the_reference_agrees_with_the_certified_values(name):
     failures = []
     for dtype in case.dtypes:
         outputs = backend.run(case.op, case.inputs, case.parameters, case.conventions, dtype)
+        verdict = judge(case, outputs, profile_of(dtype))
+        failures += [f"{dtype}: {v.reason}" for v in verdict.outputs if not v.ok]
+    assert not failures, "\n".join(failures)
+
+
+ATTENTION = [name for name, case in CASES.items() if case.op in CLAIMS["numba"]]
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_the_cpu_kernels_agree_with_the_certified_values(name):
+    try:
+        backend = load("numba")
+    except BackendAbsent as absent:
+        pytest.skip(str(absent))
+    case, failures = CASES[name], []
+    for dtype in case.dtypes:
+        try:
+            outputs = backend.run(case.op, case.inputs, case.parameters, case.conventions, dtype)
+        except Unsupported as declined:
+            pytest.skip(str(declined))
         verdict = judge(case, outputs, profile_of(dtype))
         failures += [f"{dtype}: {v.reason}" for v in verdict.outputs if not v.ok]
     assert not failures, "\n".join(failures)

@@ -23,6 +23,7 @@ class Room(NamedTuple):
 
 ROOMS = {
     "check": Room("refattn.cli.check", "Prove this machine's backends against certified values."),
+    "bench": Room("refattn.cli.bench", "Time attention beside the libraries installed here."),
     "audit": Room("refattn.cli.audit", "Judge somebody's attention, clause by clause."),
     "vectors": Room("refattn.cli.vectors", "List, generate, export and verify certified vectors."),
     "spec": Room("refattn.cli.spec", "Read a clause beside its code, its tests and its vectors."),
@@ -33,6 +34,8 @@ EXTRAS = {
     "flint": "certify",
     "mpmath": "certify",
     "onnx": "export",
+    "numba": "cpu",
+    "llvmlite": "cpu",
     "torch": "peers",
     "onnxruntime": "peers",
     "jax": "peers",

@@ -27,8 +27,9 @@ def check(
 ) -> None:
     """Run every backend that loads here on every core vector, in every dtype."""
     from refattn.check import check as run
-    from refattn.cli.out import print_json, progress
+    from refattn.cli.out import announce, print_json, progress
 
+    announce()
     data = run(
         backends=backend or (),
         clauses=clause or (),

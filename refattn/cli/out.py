@@ -13,6 +13,14 @@ STYLES = {"ok": "green", "pass": "green", "FAIL": "bold red", "not run": "yellow
 """Colours of the words that decide, in a terminal."""
 
 
+def announce() -> None:
+    """Let long work, as the compilation of a kernel, say so on stderr."""
+    import logging
+
+    logging.basicConfig(format="refattn: %(message)s")
+    logging.getLogger("refattn").setLevel(logging.INFO)
+
+
 def print_json(data: Any) -> None:
     """Print one JSON document to stdout; numbers without a JSON form become strings."""
     print(json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False))

@@ -15,9 +15,9 @@ FLOORS = (
     {"errors"},
     {"arrays", "checks", "spec_text"},
     {"clause files"},
-    {"backends", "bounds", "judge", "certify", "dialects"},
+    {"backends", "bounds", "cpu", "judge", "certify", "dialects"},
     {"vectors"},
-    {"audit", "check", "coverage"},
+    {"audit", "bench", "bench_subjects", "check", "coverage"},
     {"cli", "__main__"},
 )
 """Rooms by floor, lowest first; a module imports from its own floor or from lower ones."""

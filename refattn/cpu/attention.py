@@ -1,0 +1,261 @@
+"""Attention on the CPU: the arguments of the reference, brought into a plan for the kernels."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Unpack
+
+import numpy as np
+
+from refattn.arrays import dtype_name
+from refattn.attention import AttentionResult
+from refattn.backends import Unsupported
+from refattn.cpu import pool
+from refattn.cpu.compiling import prepare
+from refattn.cpu.copying import STORAGES
+from refattn.cpu.host import lanes
+from refattn.cpu.plan import (
+    AFTER_BIAS,
+    BEFORE_BIAS,
+    DISTANCE_CODES,
+    NO_DISTANCE,
+    NO_SOFTCAP,
+    OPEN,
+    Numbers,
+    Plan,
+    Rules,
+    flatten,
+    numbers,
+    tensor,
+)
+from refattn.grouped import group_size
+from refattn.options import AttentionOptions, check_arguments, default_scale
+
+NDArray = np.ndarray[Any, Any]
+"""A NumPy array of any dtype."""
+
+CLAIMED = {"empty_row": ("zero",), "masked": ("select",), "round_weights": (False,)}
+"""The values that the kernels support of options which the reference takes more of."""
+
+SMALL = 2**22
+"""Multiplications under which a second thread costs more than it brings."""
+
+
+class Job(NamedTuple):
+    """An attention ready for the kernels; the arrays behind the plan's addresses are kept alive."""
+
+    plan: Plan
+    numbers: Numbers
+    rules: Rules
+    dtype: np.dtype[Any]
+    arrays: tuple[Any, ...]
+    output: NDArray
+    logsumexp: NDArray
+
+
+def attention(
+    query: NDArray,
+    key: NDArray,
+    value: NDArray,
+    *,
+    threads: int | None = None,
+    **options: Unpack[AttentionOptions],
+) -> AttentionResult:
+    """Return attention, computed by tiles in memory linear in the lengths.
+
+    Spec: VAS-EQ1, FA1-ALG1, VAS-S323b, ALIBI-S3a, OWN-SOFTCAP1, OWN-SINK1, OWN-EMPTY1, OWN-LSE1,
+        OWN-ROUND1, OWN-POISON1, OWN-GQA1, OWN-LENGTH1.
+
+        S = softcap(scale · Q Kᵀ) + alibi + bias;  O = softmax(S) V
+
+    The same bits for every number of threads and in every run on one machine.
+
+    Args:
+        query: Q, (..., h, n_q, d_k), at most four axes, any strides.
+        key: K, (..., h_k, n_k, d_k); h is a multiple of h_k.
+        value: V, (..., h_k, n_k, d_v).
+        threads: how many; NUMBA_NUM_THREADS if None.
+        **options: see `refattn.options.AttentionOptions`.
+
+    Returns:
+        output: O, (..., h, n_q, d_v), in query's dtype.
+        logsumexp: (..., h, n_q), nats, in the computing dtype; -∞ for an empty row.
+
+    Raises:
+        ShapeError, DtypeError, OptionError: as the reference.
+        Unsupported: what these kernels do not claim.
+    """
+    count = pool.thread_count("cpu.attention", threads)
+    job = plan_job("cpu.attention", query, key, value, options)
+    run_forward(job, count)
+    return AttentionResult(
+        job.output.reshape(*query.shape[:-1], value.shape[-1]).astype(query.dtype, copy=False),
+        job.logsumexp.reshape(query.shape[:-1]),
+    )
+
+
+def run_forward(job: Job, threads: int) -> None:
+    """Compute the output and the logsumexp of a job, by the kernel that suits its sizes."""
+    from refattn.cpu import decode
+    from refattn.cpu.forward import scratch_size
+
+    if decode.suits(job.plan):
+        run_decode(job, threads)
+        return
+    from refattn.cpu.kernels import forward
+
+    size = scratch_size(job.plan, lanes(job.dtype.itemsize))
+    run(forward, size, job, (), threads)
+
+
+def run_decode(job: Job, threads: int) -> None:
+    """Compute a job of few queries: parts of the keys, then their merge."""
+    from refattn.cpu.decode import parts_of, scratch_size
+    from refattn.cpu.kernels import decode, merge_all
+
+    plan, count = job.plan, parts_of(job.plan)
+    results = np.empty((plan.batch, plan.heads, plan.n_q, count, 2 + plan.d_v), job.dtype)
+    place = np.array([results.ctypes.data, count])
+    size = scratch_size(plan, lanes(job.dtype.itemsize))
+    run(decode, size, job, (place,), threads)
+    zero = job.dtype.type(0)
+    integers, reals = np.array(flatten(plan)), np.array(job.numbers, job.dtype)
+    about = (zero, integers, reals, job.rules.query_lengths, job.rules.sinks, place)
+    prepare(merge_all, *about)
+    merge_all(*about)
+
+
+def run(kernel: Any, size: int, job: Job, more: tuple[NDArray, ...], threads: int) -> None:
+    """Run a kernel, with so much scratch a thread, over all work of a job."""
+    zero, plan = job.dtype.type(0), job.plan
+    integers, reals = np.array(flatten(plan)), np.array(job.numbers, job.dtype)
+    about = (integers, reals, *job.rules, *more)
+    counter = np.zeros(1, np.int64)
+    claimed = counter.ctypes.data
+    prepare(kernel, zero, 0, claimed, *about)
+
+    def work() -> None:
+        kernel(zero, pool.scratch(size, job.dtype), claimed, *about)
+
+    products = plan.batch * plan.heads * plan.n_q * plan.n_k * (plan.d_k + plan.d_v)
+    pool.run(work, threads if products > SMALL else 1)
+
+
+def plan_job(
+    function: str, query: NDArray, key: NDArray, value: NDArray, given: AttentionOptions
+) -> Job:
+    """Check the arguments and describe them to the kernels; no tensor is copied as a whole.
+
+    Raises:
+        ShapeError, DtypeError, OptionError: as the reference.
+        Unsupported: what these kernels do not claim.
+    """
+    options, sizes, offset = check_arguments(function, query, key, value, given)
+    check_claimed(function, query, options)
+    q, k, v = (four_axes(array) for array in (query, key, value))
+    b, h, n_q, d_k = q.shape
+    n_k, d_v = sizes["n_k"], sizes["d_v"]
+    dtype = np.dtype("float64" if dtype_name(query) == "float64" else "float32")
+    scale = default_scale(d_k) if options.get("scale") is None else float(options["scale"])
+    softcap = options.get("softcap")
+    mask, bias = (_logits(options.get(name), (b, h, n_q, n_k)) for name in ("mask", "bias"))
+    slopes, sinks = (_heads(options.get(name), h, dtype) for name in ("slopes", "sinks"))
+    output = np.empty((b, h, n_q, d_v), dtype)
+    logsumexp = np.empty((b, h, n_q), dtype)
+    left, right = _window(options)
+    reals = numbers(dtype, scale, softcap)
+    orders = {"before_bias": BEFORE_BIAS, "after_bias": AFTER_BIAS}
+    plan = Plan(
+        query=tensor(q),
+        key=tensor(k),
+        value=tensor(v),
+        mask=tensor(mask),
+        bias=tensor(bias),
+        output=tensor(output),
+        logsumexp=logsumexp.ctypes.data,
+        storage=STORAGES[dtype_name(query)],
+        batch=b,
+        heads=h,
+        key_heads=max(1, h // group_size(function, q, k)),
+        tiled_heads=int(options["head_map"] == "tile"),
+        n_q=n_q,
+        n_k=n_k,
+        d_k=d_k,
+        d_v=d_v,
+        left=left,
+        right=right,
+        distance=NO_DISTANCE if slopes is None else DISTANCE_CODES[options["distance"]],
+        softcap=NO_SOFTCAP if softcap is None else orders[options["softcap_order"]],
+        sinks=int(sinks is not None),
+        negative=int(scale < 0),
+        terms=int(
+            any(x is not None for x in (mask, bias, slopes, softcap)) or reals.scale_log2_e == 0
+        ),
+        key_tile=128 if max(d_k, d_v) <= 64 else 64,
+    )
+    rules = Rules(
+        np.broadcast_to(np.asarray(offset, np.int64).reshape(-1), (b,)).copy(),
+        _lengths(options.get("query_lengths"), b, n_q),
+        _lengths(options.get("key_lengths"), b, n_k),
+        np.zeros(h, dtype) if slopes is None else slopes,
+        np.zeros(h, dtype) if sinks is None else sinks,
+    )
+    return Job(plan, reals, rules, dtype, (q, k, v, mask, bias), output, logsumexp)
+
+
+def check_claimed(function: str, query: NDArray, options: dict[str, Any]) -> None:
+    """Refuse what the reference takes and these kernels do not.
+
+    Raises:
+        Unsupported: an option, or the number of axes.
+    """
+    for name, claimed in CLAIMED.items():
+        if options[name] not in claimed:
+            raise Unsupported(
+                f"{name} is {options[name]!r}, but the CPU kernels support "
+                f"{', '.join(repr(c) for c in claimed)} [{function}]"
+            )
+    if options.get("keep") is not None:
+        raise Unsupported(f"keep is given, but the CPU kernels know no dropout [{function}]")
+    if query.ndim > 4:
+        raise Unsupported(
+            f"query has {query.ndim} axes, but the CPU kernels support at most 4 [{function}]"
+        )
+
+
+def four_axes(array: NDArray) -> NDArray:
+    """Return an array with leading axes of size 1 up to four, copied only if its elements are odd.
+
+    Odd are another byte order, and elements that lie at no multiple of their size.
+    """
+    odd = any(s % array.itemsize for s in array.strides) or not array.flags.aligned
+    if odd or not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="), order="C")
+    return array.reshape((1,) * (4 - array.ndim) + array.shape)
+
+
+def _logits(array: NDArray | None, shape: tuple[int, ...]) -> NDArray | None:
+    """Return a mask or a bias as a view of the logits' shape."""
+    if array is None:
+        return None
+    array = four_axes(np.asarray(array)) if array.ndim else np.asarray(array).reshape(1, 1, 1, 1)
+    return np.broadcast_to(array, shape)
+
+
+def _heads(array: NDArray | None, heads: int, dtype: np.dtype[Any]) -> NDArray | None:
+    """Return numbers by head in the computing format."""
+    return None if array is None else np.ascontiguousarray(array, dtype).reshape(heads)
+
+
+def _lengths(lengths: NDArray | None, batch: int, n: int) -> NDArray:
+    """Return one length an item."""
+    return (
+        np.full(batch, n, np.int64) if lengths is None else np.ascontiguousarray(lengths, np.int64)
+    )
+
+
+def _window(options: dict[str, Any]) -> tuple[int, int]:
+    """Return how many keys behind and ahead of its position a query sees."""
+    left, right = options.get("window") or (None, None)
+    left = OPEN if left is None else min(int(left), OPEN)
+    right = OPEN if right is None else min(int(right), OPEN)
+    return left, min(right, 0) if options["causal"] else right

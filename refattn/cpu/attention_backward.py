@@ -1,0 +1,151 @@
+"""Gradients of attention on the CPU: the arguments of the reference, and sums in a fixed order."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import numpy as np
+
+from refattn.attention import AttentionResult
+from refattn.attention_backward import AttentionGradients, check_cotangents
+from refattn.cpu import pool
+from refattn.cpu.attention import Job, NDArray, four_axes, plan_job, run, run_forward
+from refattn.cpu.gradients import Gradients
+from refattn.cpu.host import lanes
+from refattn.cpu.plan import flatten, tensor
+from refattn.cpu.products import ROW_STEP
+from refattn.options import AttentionOptions
+
+PIECES = 8
+"""Pieces of work below which the keys of a head are split, whatever the number of threads."""
+
+
+def attention_backward(
+    d_output: NDArray,
+    query: NDArray,
+    key: NDArray,
+    value: NDArray,
+    *,
+    d_logsumexp: NDArray | None = None,
+    forward: AttentionResult | None = None,
+    threads: int | None = None,
+    **options: Unpack[AttentionOptions],
+) -> AttentionGradients:
+    """Return the gradients of a loss that reads the output and the logsumexp.
+
+    Spec: OWN-BACKWARD1, FA1-ALG4, OWN-GQA1, OWN-SINK1, OWN-EMPTY1, OWN-POISON1.
+
+        dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - D + dL),  D_i = Σ_x dO_ix O_ix
+        dQ = scale · dX K,  dK = scale · dXᵀ Q,  dX = dS ∘ softcap′
+
+    The weights are computed again from the logsumexp, tile by tile.
+
+    Args:
+        d_output: dO, (..., h, n_q, d_v).
+        query: Q, (..., h, n_q, d_k).
+        key: K, (..., h_k, n_k, d_k).
+        value: V, (..., h_k, n_k, d_v).
+        d_logsumexp: dL, (..., h, n_q); None = the loss does not read the logsumexp.
+        forward: what `attention` returned for the same arguments in float32 or float64; it is
+            computed again if None, and in 16-bit formats always, where it was rounded.
+        threads: how many; NUMBA_NUM_THREADS if None.
+        **options: as in the forward call.
+
+    Returns:
+        d_query, d_key, d_value: shapes and dtypes of query, key and value.
+        d_bias: shape of bias, summed over its broadcast axes; it takes n_q x n_k numbers a head.
+        d_slopes, d_sinks: (h,).
+
+    Raises:
+        ShapeError, DtypeError, OptionError: as the reference.
+        Unsupported: what these kernels do not claim.
+    """
+    name = "cpu.attention_backward"
+    count = pool.thread_count(name, threads)
+    job = plan_job(name, query, key, value, options)
+    check_cotangents(d_output, query, value, d_logsumexp)
+    if forward is None or job.dtype != query.dtype:
+        run_forward(job, count)
+    else:
+        job.output[...] = forward.output.reshape(job.output.shape)
+        job.logsumexp[...] = forward.logsumexp.reshape(job.logsumexp.shape)
+    return _finish(job, _run(job, d_output, d_logsumexp, count), query, key, value, options)
+
+
+def _run(
+    job: Job, d_output: NDArray, d_logsumexp: NDArray | None, threads: int
+) -> dict[str, NDArray]:
+    """Run the kernel and return its arrays by name."""
+    from refattn.cpu.backward import scratch_size
+    from refattn.cpu.kernels import backward
+
+    plan, dtype = job.plan, job.dtype
+    pairs, step = plan.batch * plan.key_heads, max(ROW_STEP, lanes(dtype.itemsize))
+    splits = min(max(1, PIECES // max(pairs, 1)), max(1, plan.n_k // plan.key_tile))
+    keys = _up(-(-plan.n_k // splits), ROW_STEP)
+    leading, n_k = (plan.batch, plan.key_heads), _up(plan.n_k, ROW_STEP)
+    arrays = {
+        "d_query": np.zeros((splits, plan.batch, plan.heads, plan.n_q, plan.d_k), dtype),
+        "d_key": np.zeros((*leading, n_k, _up(plan.d_k, step)), dtype),
+        "d_value": np.zeros((*leading, n_k, _up(plan.d_v, step)), dtype),
+        "d_slopes": np.zeros((splits, plan.batch, plan.heads), dtype),
+        "dots": np.zeros((plan.batch, plan.heads, plan.n_q), dtype),
+    }
+    if plan.bias.address:
+        shape = (plan.batch, plan.heads, plan.n_q, plan.n_k)
+        arrays["d_bias"] = np.zeros(shape, dtype)
+    cotangent = four_axes(np.asarray(d_output))
+    if d_logsumexp is not None:
+        arrays["d_logsumexp"] = np.ascontiguousarray(d_logsumexp, dtype)
+        arrays["dots"] -= arrays["d_logsumexp"].reshape(arrays["dots"].shape)
+    addresses = {name: array.ctypes.data for name, array in arrays.items()}
+    addresses = {"d_bias": 0, "d_logsumexp": 0} | addresses
+    grads = Gradients(d_output=tensor(cotangent), splits=splits, keys=keys, **addresses)
+    size = scratch_size(plan, lanes(dtype.itemsize))
+    run(backward, size, job, (np.array(flatten(grads)),), threads)
+    return arrays
+
+
+def _finish(
+    job: Job,
+    arrays: dict[str, NDArray],
+    query: NDArray,
+    key: NDArray,
+    value: NDArray,
+    options: AttentionOptions,
+) -> AttentionGradients:
+    """Add the summands of a gradient in order, and bring all into the shapes of the inputs."""
+    plan, rules = job.plan, job.rules
+    d_bias = d_slopes = d_sinks = None
+    if plan.bias.address:
+        d_bias = _sum_to(arrays["d_bias"], options["bias"].shape).astype(query.dtype)  # type: ignore[union-attr]
+    if options.get("slopes") is not None:
+        d_slopes = arrays["d_slopes"].sum(axis=(0, 1)).astype(query.dtype)
+    if plan.sinks:
+        weight = np.exp(rules.sinks[:, None] - job.logsumexp)
+        d_sinks = -(weight * arrays["dots"]).sum(axis=(0, 2)).astype(query.dtype)
+    d_key = arrays["d_key"][:, :, : plan.n_k, : plan.d_k]
+    d_value = arrays["d_value"][:, :, : plan.n_k, : plan.d_v]
+    summands = arrays["d_query"]
+    d_query = summands[0] if len(summands) == 1 else summands.sum(axis=0)
+    return AttentionGradients(
+        d_query.reshape(query.shape).astype(query.dtype, copy=False),
+        np.ascontiguousarray(d_key.astype(key.dtype, copy=False)).reshape(key.shape),
+        np.ascontiguousarray(d_value.astype(value.dtype, copy=False)).reshape(value.shape),
+        d_bias,
+        d_slopes,
+        d_sinks,
+    )
+
+
+def _sum_to(array: NDArray, shape: tuple[int, ...]) -> NDArray:
+    """Return an array summed over the axes along which one of that shape was broadcast."""
+    full = (1,) * (array.ndim - len(shape)) + tuple(shape)
+    axes = tuple(a for a, n in enumerate(full) if n == 1)
+    summed: Any = array.sum(axis=axes, keepdims=True)
+    return np.asarray(summed).reshape(shape)
+
+
+def _up(n: int, step: int) -> int:
+    """Return n rounded up to a multiple of a step."""
+    return -(-n // step) * step

@@ -1,0 +1,111 @@
+"""Products of a tile, whole or only where the band of causal and window rules lets a query see."""
+
+from __future__ import annotations
+
+from numba import njit
+
+from refattn.cpu.band import lanes_seeing
+from refattn.cpu.host import VECTORS
+from refattn.cpu.panel import up
+from refattn.cpu.products import ADD, ROW_STEP, STORE, multiply
+from refattn.cpu.simd import advance, lane_count
+
+GROUP = 16
+"""Keys of a tile at the edge of the band whose queries are found together."""
+
+CHUNK = 64
+"""Features summed at once; the sums of chunks are then added (a shorter sum rounds less)."""
+
+
+@njit(error_model="numpy")
+def scores(zero, K, k_row, n, Q, width, start, vectors, d, S):
+    """Write Sᵀ = K Qᵀ for some vectors of a panel, its d features summed chunk by chunk."""
+    for x in range(0, d, CHUNK):
+        depth = min(CHUNK, d - x)
+        mode = STORE if x == 0 else ADD
+        multiply(
+            zero,
+            advance(K, x),
+            k_row,
+            1,
+            up(n, ROW_STEP),
+            advance(Q, x * width + start),
+            width,
+            depth,
+            advance(S, start),
+            width,
+            vectors,
+            mode,
+            S,
+        )
+
+
+@njit(error_model="numpy")
+def vectors_seeing(zero, plan, first, rows, j, n, vectors):
+    """Return the first vector of a panel that sees some of n keys, and how many follow."""
+    lanes = lane_count(zero)
+    low, high = lanes_seeing(plan, first, rows, j, n)
+    start = low // lanes
+    return start, max(0, min(vectors, (high + lanes - 1) // lanes) - start)
+
+
+@njit(error_model="numpy")
+def edge_scores(zero, plan, K, k_row, first, rows, j, n, Q, vectors, d, S):
+    """Write Sᵀ = K Qᵀ at the edge of the band, only for the vectors that see some key."""
+    width = vectors * lane_count(zero)
+    for y in range(0, n, GROUP):
+        keys = min(GROUP, n - y)
+        start, seeing = vectors_seeing(zero, plan, first, rows, j + y, keys, vectors)
+        K_y, S_y = advance(K, y * k_row), advance(S, y * width)
+        start *= lane_count(zero)
+        scores(zero, K_y, k_row, keys, Q, width, start, seeing, d, S_y)
+
+
+@njit(error_model="numpy")
+def edge_values(zero, plan, V, v_row, first, rows, j, n, P, vectors, d, O):
+    """Add Vᵀ Pᵀ to Oᵀ at the edge of the band, only for the vectors that see some key."""
+    width, rows_out = vectors * lane_count(zero), up(d, ROW_STEP)
+    for y in range(0, n, GROUP):
+        keys = min(GROUP, n - y)
+        start, seeing = vectors_seeing(zero, plan, first, rows, j + y, keys, vectors)
+        start *= lane_count(zero)
+        V_y, P_y = advance(V, y * v_row), advance(P, y * width + start)
+        O_y = advance(O, start)
+        multiply(zero, V_y, 1, v_row, rows_out, P_y, width, keys, O_y, width, seeing, ADD, O_y)
+
+
+@njit(error_model="numpy")
+def outer(zero, P, width, n, rows, d, start, vectors, C):
+    """Add P · rows to C: n keys, the queries of some vectors of a panel.
+
+    Args:
+        zero: a number of the computing format.
+        P: (n, width), by pointer.
+        width: of the panel.
+        n: keys; rows up to the next whole step are zero.
+        rows: (width, d), by pointer.
+        d: features, whole vectors.
+        start: the first query.
+        vectors: of queries.
+        C: (n, d), by pointer.
+    """
+    lanes = lane_count(zero)
+    for x in range(0, d, VECTORS * lanes):
+        wide = min(VECTORS, (d - x) // lanes)
+        B, C_x = advance(rows, start * d + x), advance(C, x)
+        depth = vectors * lanes
+        multiply(
+            zero, advance(P, start), width, 1, up(n, ROW_STEP), B, d, depth, C_x, d, wide, ADD, C_x
+        )
+
+
+@njit(error_model="numpy")
+def edge_outer(zero, plan, P, first, rows, j, n, inputs, d, vectors, C):
+    """Add P · inputs to C at the edge of the band, only for the vectors that see some key."""
+    lanes = lane_count(zero)
+    width = vectors * lanes
+    for y in range(0, n, GROUP):
+        keys = min(GROUP, n - y)
+        start, seeing = vectors_seeing(zero, plan, first, rows, j + y, keys, vectors)
+        P_y, C_y = advance(P, y * width), advance(C, y * d)
+        outer(zero, P_y, width, keys, inputs, d, start * lanes, seeing, C_y)

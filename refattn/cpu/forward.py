@@ -1,0 +1,187 @@
+"""Attention by tiles: the forward kernel.
+
+The lanes of a vector are queries. A panel of queries is held transposed, Qᵀ[feature][query]; each
+tile of keys gives Sᵀ = K Qᵀ and adds Vᵀ Pᵀ to Oᵀ, with K and V read where they lie. Row maxima
+and sums are then plain vectors, and no sum ever crosses lanes.
+"""
+
+from __future__ import annotations
+
+from numba import njit, types
+
+from refattn.cpu.band import reach
+from refattn.cpu.banded import edge_scores, edge_values, scores
+from refattn.cpu.copying import fetch_rows, rows_of
+from refattn.cpu.host import VECTORS
+from refattn.cpu.logits import adjust, bar_outside, gather_added
+from refattn.cpu.online import add_weighted_rows, finite_rows, scale_panel, softmax_tile
+from refattn.cpu.panel import begin_panel, end_panel, leave_empty, panel_at, up
+from refattn.cpu.plan import Plan, Rules, read_numbers, read_plan
+from refattn.cpu.products import ROW_STEP, SCALE, multiply
+from refattn.cpu.simd import (
+    advance,
+    claim,
+    lane_count,
+    pointer,
+)
+
+PANELS = 2
+"""Panels of queries that share each tile of keys and values."""
+
+
+def scratch_size(plan: Plan, lanes: int) -> int:
+    """Return how many numbers of scratch a thread of `forward` needs."""
+    d_k, d_v, tile = plan.d_k, -(-plan.d_v // ROW_STEP) * ROW_STEP, plan.key_tile + ROW_STEP
+    width = VECTORS * lanes
+    panels = PANELS * width * (d_k + d_v + 3)
+    return panels + 2 * tile * width + tile * (d_k + d_v) + width * max(d_k, d_v)
+
+
+@njit(error_model="numpy")
+def attend_tile(
+    zero, plan, numbers, slope, b, h, i, rows, first, K, k_row, V, v_row, j, n, inside, panel
+):
+    """Attend from one panel of queries to one tile of keys.
+
+    Spec: FA1-ALG1 lines 9-13.
+
+    Args:
+        zero: a number of the computing format.
+        plan: of the attention.
+        numbers: of the attention.
+        slope: ALiBi's m of the head.
+        b: batch item.
+        h: query head.
+        i: the panel's first query row.
+        rows: of the panel.
+        first: position of row i, tokens.
+        K: the tile's keys, by pointer.
+        k_row: elements from one key to the next.
+        V: the tile's values, likewise.
+        v_row: likewise.
+        j: the tile's first key.
+        n: keys of the tile.
+        inside: whether every row sees every key of the tile.
+        panel: of the queries.
+    """
+    Q, O, S, added, vectors = panel.Q, panel.O, panel.S, panel.added, panel.vectors
+    width, terms = vectors * lane_count(zero), plan.terms != 0
+    # line 9
+    if inside:
+        scores(zero, K, k_row, n, Q, width, 0, vectors, plan.d_k, S)
+    else:
+        edge_scores(zero, plan, K, k_row, first, rows, j, n, Q, vectors, plan.d_k, S)
+    if terms:
+        if plan.mask.address != 0 or plan.bias.address != 0:
+            gather_added(zero, plan, numbers, b, h, i, rows, j, n, added, width)
+        adjust(zero, plan, numbers, slope, first, j, n, S, added, vectors, added, False)
+    if not inside:
+        bar_outside(zero, plan, numbers, first, rows, j, n, S, vectors)
+    # lines 10-11
+    factor = numbers.log2_e if terms else numbers.scale_log2_e
+    softmax_tile(zero, numbers, S, n, panel, factor)
+    # line 12, the division by l left to the end
+    all_read = (inside and not terms) or finite_rows(zero, V, v_row, n, plan.d_v)
+    if inside and all_read:
+        d = up(plan.d_v, ROW_STEP)
+        multiply(zero, V, 1, v_row, d, S, width, n, O, width, vectors, SCALE, panel.alpha)
+        return
+    scale_panel(O, panel.alpha, plan.d_v, vectors, zero)
+    if all_read:
+        edge_values(zero, plan, V, v_row, first, rows, j, n, S, vectors, plan.d_v, O)
+    else:
+        add_weighted_rows(zero, V, v_row, n, plan.d_v, S, O, vectors)
+
+
+@njit(error_model="numpy")
+def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
+    """Attend from one block of queries, `PANELS` panels, to all keys in reach.
+
+    Spec: FA1-ALG1 lines 6-14, its loops exchanged: rows of Q outside, so that O is written once.
+    """
+    slopes, sinks = rules.slopes, rules.sinks
+    lanes = lane_count(zero)
+    width = VECTORS * lanes
+    q0 = block * PANELS * width
+    last = min(plan.n_q, q0 + PANELS * width)
+    valid = max(q0, min(last, rules.query_lengths[b]))
+    n_k, offset = rules.key_lengths[b], rules.offsets[b]
+    leave_empty(zero, plan, numbers, b, h, valid, last, sinks[h])
+    d_v = up(plan.d_v, ROW_STEP)
+    tile = up(plan.key_tile, ROW_STEP)
+    # scratch, in order
+    keys, values = scratch, advance(scratch, tile * plan.d_k)
+    S = advance(values, tile * d_v)
+    added = advance(S, tile * width)
+    buffer = advance(added, tile * width)
+    panels = advance(buffer, width * max(plan.d_k, plan.d_v))
+    panel_size = width * (plan.d_k + d_v + 3)
+    low, high = n_k, 0
+    for p in range(PANELS):
+        i = q0 + p * width
+        rows = max(0, min(width, valid - i))
+        if rows > 0:
+            panel = panel_at(zero, plan, panels, p, panel_size, S, added, rows)
+            begin_panel(zero, plan, numbers, b, h, i, rows, sinks[h], panel, buffer)
+            bounds = reach(plan, i + offset, rows, n_k)
+            low, high = min(low, bounds[0]), max(high, bounds[1])
+    g = h % plan.key_heads if plan.tiled_heads else h // (plan.heads // plan.key_heads)
+    for j in range(low, high, plan.key_tile):
+        n = min(plan.key_tile, high - j)
+        K, k_row = rows_of(
+            zero, plan.storage, plan.key, b, g, j, n, plan.n_k, plan.d_k, 1, keys, plan.d_k
+        )
+        V, v_row = rows_of(
+            zero, plan.storage, plan.value, b, g, j, n, plan.n_k, plan.d_v, ROW_STEP, values, d_v
+        )
+        ahead = min(plan.key_tile, high - j - n)
+        fetch_rows(zero, plan.storage, plan.key, b, g, j + n, ahead, plan.d_k)
+        fetch_rows(zero, plan.storage, plan.value, b, g, j + n, ahead, plan.d_v)
+        for p in range(PANELS):
+            i = q0 + p * width
+            rows = max(0, min(width, valid - i))
+            lo, hi, all_lo, all_hi = reach(plan, i + offset, rows, n_k)
+            start, stop = max(j, lo), min(j + n, hi)
+            if rows > 0 and start < stop:
+                panel = panel_at(zero, plan, panels, p, panel_size, S, added, rows)
+                K_p, V_p = advance(K, (start - j) * k_row), advance(V, (start - j) * v_row)
+                inside = start >= all_lo and stop <= all_hi
+                attend_tile(
+                    zero, plan, numbers, slopes[h], b, h, i, rows, i + offset,
+                    K_p, k_row, V_p, v_row, start, stop - start, inside, panel,
+                )  # fmt: skip
+    for p in range(PANELS):
+        i = q0 + p * width
+        rows = max(0, min(width, valid - i))
+        if rows > 0:
+            panel = panel_at(zero, plan, panels, p, panel_size, S, added, rows)
+            end_panel(zero, plan, b, h, i, rows, panel)
+
+
+def forward(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes, sinks):
+    """Work through the blocks of an attention until none is left; run by every thread.
+
+    Args:
+        zero: a number of the computing format.
+        scratch: address of `scratch_size` numbers, of this thread alone.
+        counter: address of the number of blocks that were claimed, shared by the threads.
+        integers: the plan, flat.
+        reals: the numbers, likewise.
+        offsets: see `plan.Rules`; likewise the rest.
+        n_q: query lengths.
+        n_k: key lengths.
+        slopes: by head.
+        sinks: by head.
+    """
+    plan, numbers = read_plan(integers), read_numbers(reals)
+    rules = Rules(offsets, n_q, n_k, slopes, sinks)
+    size = PANELS * VECTORS * lane_count(zero)
+    blocks, pairs = (plan.n_q + size - 1) // size, plan.batch * plan.heads
+    room, claimed = pointer(scratch, zero), pointer(counter, types.int64(0))
+    t = claim(claimed)
+    while t < blocks * pairs:
+        # the last blocks first: under a causal mask they are the longest
+        block, pair = blocks - 1 - t // pairs, t % pairs
+        b, h = pair // plan.heads, pair % plan.heads
+        attend_block(zero, plan, numbers, rules, b, h, block, room)
+        t = claim(claimed)

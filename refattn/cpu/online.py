@@ -1,0 +1,125 @@
+"""The online softmax of one tile, and weighted values where a plain product may not be taken."""
+
+from __future__ import annotations
+
+from numba import njit
+
+from refattn.cpu.elementary import exp2, smallest
+from refattn.cpu.simd import (
+    add,
+    fma,
+    lane_count,
+    load,
+    maximum,
+    mul,
+    splat,
+    store,
+    sub,
+    sum_lanes,
+    where_less,
+)
+
+
+@njit(error_model="numpy")
+def softmax_tile(zero, numbers, S, n, panel, factor):
+    """Replace the logits of a tile by weights, and bring the row statistics forward.
+
+    Spec: FA1-ALG1 lines 10-11.
+
+        m_new = max(m, m̃);  P̃ = 2^(factor · S - m_new);  ℓ_new = α ℓ + Σ P̃;  α = 2^(m - m_new)
+
+    Args:
+        zero: a number of the computing format.
+        numbers: of the attention.
+        S: (n, vectors · lanes), by pointer, becomes P̃.
+        n: keys of the tile.
+        panel: of the queries, whose m, l and alpha are written.
+        factor: from S to powers of two, positive.
+    """
+    m, l, alpha, vectors = panel.m, panel.l, panel.alpha, panel.vectors
+    lanes = lane_count(zero)
+    c, lowest = splat(factor), splat(-numbers.infinity)
+    for v in range(vectors):
+        at, row = v * lanes, vectors * lanes
+        # line 10
+        m_tilde = m_odd = lowest
+        for y in range(0, n - 1, 2):  # two chains: a maximum waits for the one before
+            m_tilde = maximum(load(S, at + y * row), m_tilde)
+            m_odd = maximum(load(S, at + (y + 1) * row), m_odd)
+        m_tilde = maximum(load(S, at + (n - 1) * row), maximum(m_odd, m_tilde))
+        m_old = load(m, at)
+        m_new = maximum(mul(m_tilde, c), m_old)
+        # a row that has seen no allowed key yet is shifted by nothing: -∞ - (-∞) is no number
+        shift = where_less(lowest, m_new, m_new, splat(zero))
+        P_sum = splat(zero)
+        for y in range(n):
+            P_tilde = exp2(fma(load(S, at + y * row), c, sub(splat(zero), shift)))
+            store(S, at + y * row, P_tilde)
+            P_sum = add(P_sum, P_tilde)
+        # line 11
+        a = exp2(sub(m_old, shift))
+        store(l, at, fma(load(l, at), a, P_sum))
+        store(m, at, m_new)
+        store(alpha, at, a)
+
+
+@njit(error_model="numpy")
+def scale_panel(O, alpha, d, vectors, zero):
+    """Multiply every row of a panel by the same vectors."""
+    lanes = lane_count(zero)
+    for x in range(d):
+        for v in range(vectors):
+            at = (x * vectors + v) * lanes
+            store(O, at, mul(load(O, at), load(alpha, v * lanes)))
+
+
+@njit(error_model="numpy")
+def finite_rows(zero, V, v_row, n, d):
+    """Return whether n rows hold finite numbers only: x - x is 0 for these alone."""
+    lanes = lane_count(zero)
+    total, rest = splat(zero), zero
+    for y in range(n):
+        c = 0
+        while c + lanes <= d:
+            x = load(V, y * v_row + c)
+            total = add(total, sub(x, x))
+            c += lanes
+        while c < d:
+            rest += V[y * v_row + c] - V[y * v_row + c]
+            c += 1
+    return sum_lanes(total) + rest == zero
+
+
+@njit(error_model="numpy")
+def add_weighted_rows(zero, V, v_row, n, d, P, O, vectors):
+    """Add Vᵀ Pᵀ to Oᵀ, where a weight of zero reads nothing of its row.
+
+    Spec: OWN-POISON1.
+    """
+    lanes = lane_count(zero)
+    for y in range(n):
+        for v in range(vectors):
+            weight = load(P, (y * vectors + v) * lanes)
+            size = maximum(sub(splat(zero), weight), weight)
+            for x in range(d):
+                at = (x * vectors + v) * lanes
+                old = load(O, at)
+                total = fma(weight, splat(V[y * v_row + x]), old)
+                # a weight that is no number is not less, and reads
+                store(O, at, where_less(size, smallest(size), old, total))
+
+
+@njit(error_model="numpy")
+def add_weighted_columns(zero, P, n, width, rows, d, C):
+    """Add P · rows to C, where a weight of zero reads nothing of its row.
+
+    Spec: OWN-POISON1.
+    """
+    lanes = lane_count(zero)
+    for y in range(n):
+        for i in range(width):
+            weight = P[y * width + i]
+            if weight != zero:  # a NaN is not zero, and reads
+                for x in range(0, d, lanes):
+                    old = load(C, y * d + x)
+                    store(C, y * d + x, fma(splat(weight), load(rows, i * d + x), old))

@@ -1,0 +1,123 @@
+"""A panel: some queries in work, transposed, with the statistics of their rows.
+
+The lanes of a vector are queries, so that row maxima and sums are plain vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from numba import njit, types
+
+from refattn.cpu.copying import copy_transposed, fill, item_size, turn
+from refattn.cpu.elementary import ones, smallest
+from refattn.cpu.host import VECTORS
+from refattn.cpu.products import ROW_STEP
+from refattn.cpu.simd import (
+    advance,
+    convert,
+    div,
+    lane_count,
+    load,
+    pointer,
+    store,
+    where_less,
+)
+
+
+class Panel(NamedTuple):
+    """Some queries in work, by pointers into scratch; w columns, one a query."""
+
+    Q: Any
+    """Qᵀ, (d_k, w)."""
+    O: Any
+    """Oᵀ, (d_v, w), not yet divided by l."""
+    m: Any
+    """Row maxima, (w,), in powers of two; -∞ before any key."""
+    l: Any
+    """Row sums, (w,)."""
+    alpha: Any
+    """What the last tile scales the sums before it by, (w,)."""
+    S: Any
+    """Logits, then weights, of one tile, (keys, w); all panels share it."""
+    added: Any
+    """Bias of one tile and -∞ where a mask forbids, likewise."""
+    vectors: Any
+    """w in vectors."""
+
+
+@njit(error_model="numpy")
+def up(n, step):
+    """Return n rounded up to a multiple of a step."""
+    return (n + step - 1) // step * step
+
+
+@njit(error_model="numpy")
+def panel_at(zero, plan, panels, p, size, S, added, rows):
+    """Return a panel of a block; S and added are shared by all."""
+    lanes = lane_count(zero)
+    width = VECTORS * lanes
+    Q = advance(panels, p * size)
+    O = advance(Q, plan.d_k * width)
+    m = advance(O, up(plan.d_v, ROW_STEP) * width)
+    l, alpha = advance(m, width), advance(m, 2 * width)
+    return Panel(Q, O, m, l, alpha, S, added, (rows + lanes - 1) // lanes)
+
+
+@njit(error_model="numpy")
+def begin_panel(zero, plan, numbers, b, h, i, rows, sink, panel, buffer):
+    """Load a panel of queries and set its statistics to those of no key, or of the sink alone.
+
+    Spec: FA1-ALG1 lines 2 and 8, OWN-SINK1.
+    """
+    width, q = panel.vectors * lane_count(zero), plan.query
+    size = item_size(zero, plan.storage)
+    start = q.address + (b * q.batch + h * q.head + i * q.row) * size
+    copy_transposed(
+        zero, start, plan.storage, q.row, q.column, rows, plan.d_k, panel.Q, width, buffer
+    )
+    if plan.negative:
+        for x in range(plan.d_k * width):
+            panel.Q[x] = -panel.Q[x]
+    fill(zero, panel.O, width, up(plan.d_v, ROW_STEP), width)
+    sunk = plan.sinks != 0 and sink > -numbers.infinity
+    fill(sink * numbers.log2_e if sunk else -numbers.infinity, panel.m, width, 1, width)
+    fill(convert(1, zero) if sunk else zero, panel.l, width, 1, width)
+
+
+@njit(error_model="numpy")
+def end_panel(zero, plan, b, h, i, rows, panel):
+    """Divide by the row sums and write output and logsumexp; an empty row is 0 and -∞.
+
+    Spec: FA1-ALG1 lines 12-13, OWN-LSE1, OWN-EMPTY1.
+    """
+    O, m, l, vectors = panel.O, panel.m, panel.l, panel.vectors
+    lanes = lane_count(zero)
+    width = vectors * lanes
+    for v in range(vectors):
+        total = load(l, v * lanes)
+        divisor = where_less(total, smallest(total), ones(total), total)
+        for x in range(plan.d_v):
+            at = x * width + v * lanes
+            store(O, at, div(load(O, at), divisor))
+    out = plan.output
+    place = b * out.batch + h * out.head + i * out.row
+    turn(O, width, plan.d_v, rows, advance(pointer(out.address, zero), place), out.row)
+    L = pointer(plan.logsumexp, zero)
+    for r in range(rows):
+        at = (b * plan.heads + h) * plan.n_q + i + r
+        L[at] = m[r] * 0.6931471805599453 + math.log(types.float64(l[r]))
+
+
+@njit(error_model="numpy")
+def leave_empty(zero, plan, numbers, b, h, first, last, sink):
+    """Write the query rows beyond the query length: 0, and -∞ or the sink.
+
+    Spec: OWN-LENGTH1, OWN-EMPTY1, OWN-SINK1.
+    """
+    out, L = plan.output, pointer(plan.logsumexp, zero)
+    O = pointer(out.address, zero)
+    for i in range(first, last):
+        fill(zero, advance(O, b * out.batch + h * out.head + i * out.row), 0, 1, plan.d_v)
+        L[(b * plan.heads + h) * plan.n_q + i] = sink if plan.sinks else -numbers.infinity

@@ -1,0 +1,148 @@
+"""What a kernel is told: addresses, strides, sizes and rules of one attention, as plain numbers.
+
+A plan has one type whatever the shapes, strides and 16-bit formats of the arrays, so that each
+kernel is compiled once a computing format.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+OPEN = 2**40
+"""A side of the window without a bound, in tokens."""
+
+NO_DISTANCE, ABSOLUTE, SIGNED, COLUMN = 0, 1, 2, 3
+"""Forms of ALiBi's distance; `NO_DISTANCE` where there are no slopes."""
+
+DISTANCE_CODES = {"absolute": ABSOLUTE, "signed": SIGNED, "column": COLUMN}
+"""The code of each `distance` option."""
+
+NO_SOFTCAP, BEFORE_BIAS, AFTER_BIAS = 0, 1, 2
+"""Where the softcap acts."""
+
+
+class Tensor(NamedTuple):
+    """A strided input of four axes (batch, head, row, column); strides in elements."""
+
+    address: int
+    batch: int
+    head: int
+    row: int
+    column: int
+
+
+class Plan(NamedTuple):
+    """One attention, for the kernels."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor
+    """Address 0 where there is none; likewise the bias."""
+    bias: Tensor
+    output: Tensor
+    logsumexp: int
+    storage: int
+    """Of query, key, value and bias; see `copying.STORAGES`."""
+    batch: int
+    heads: int
+    key_heads: int
+    tiled_heads: int
+    """1 if query head h reads key-value head h mod h_k, 0 if h // (h / h_k)."""
+    n_q: int
+    n_k: int
+    d_k: int
+    d_v: int
+    left: int
+    """Keys behind a query's position that it sees; `OPEN` for all."""
+    right: int
+    """Keys ahead, likewise; causal is 0."""
+    distance: int
+    softcap: int
+    sinks: int
+    negative: int
+    """1 if the scale is negative: the queries change sign, and the kernels scale by its size."""
+    terms: int
+    """1 if the logits are more than the scaled product, or a mask is given."""
+    key_tile: int
+    """Keys a tile."""
+
+
+class Numbers(NamedTuple):
+    """The real numbers of one attention, in the computing format."""
+
+    scale: Any
+    """|scale|, logits."""
+    softcap: Any
+    log2_e: Any
+    scale_log2_e: Any
+    """|scale| · log₂ e, from products to powers of two."""
+    ln_2: Any
+    infinity: Any
+    one: Any
+
+
+class Rules(NamedTuple):
+    """What differs by batch item, (b,) int64, or by query head, (h,) in the computing format."""
+
+    offsets: Any
+    """Position of query row 0, tokens."""
+    query_lengths: Any
+    key_lengths: Any
+    slopes: Any
+    """ALiBi's m; zeros where there is none."""
+    sinks: Any
+    """Logits that join the denominator; zeros where there is none."""
+
+
+def tensor(array: np.ndarray[Any, Any] | None) -> Tensor:
+    """Return where an array of four axes lies; an axis of size 1 has stride 0."""
+    if array is None:
+        return Tensor(0, 0, 0, 0, 0)
+    strides = [s // array.itemsize for s in array.strides]
+    strides = [0 if n == 1 else s for n, s in zip(array.shape, strides, strict=True)]
+    if array.shape[-1] == 1:
+        strides[-1] = 1  # one column is contiguous
+    return Tensor(array.ctypes.data, *strides)
+
+
+def numbers(dtype: Any, scale: float, softcap: float | None) -> Numbers:
+    """Return the real numbers of an attention, each rounded once."""
+    size, log2_e = abs(scale), 1.0 / np.log(2.0)
+    values = (size, softcap or 1.0, log2_e, size * log2_e, np.log(2.0), np.inf, 1.0)
+    return Numbers(*(np.dtype(dtype).type(value) for value in values))
+
+
+def flatten(record: tuple[Any, ...]) -> list[int]:
+    """Return the integers of a record and of the tensors in it, in order."""
+    return [n for field in record for n in (field if isinstance(field, tuple) else (field,))]
+
+
+@njit(error_model="numpy")
+def tensor_at(integers, at):
+    """Return the tensor whose five integers start at a place."""
+    return Tensor(
+        integers[at], integers[at + 1], integers[at + 2], integers[at + 3], integers[at + 4]
+    )
+
+
+@njit(error_model="numpy")
+def read_plan(i):
+    """Return the plan of `flatten(plan)`.
+
+    A kernel takes flat arrays: Numba would look at each field of a record in every call.
+    """
+    return Plan(
+        tensor_at(i, 0), tensor_at(i, 5), tensor_at(i, 10), tensor_at(i, 15), tensor_at(i, 20),
+        tensor_at(i, 25), i[30], i[31], i[32], i[33], i[34], i[35], i[36], i[37], i[38], i[39],
+        i[40], i[41], i[42], i[43], i[44], i[45], i[46], i[47],
+    )  # fmt: skip
+
+
+@njit(error_model="numpy")
+def read_numbers(x):
+    """Return the numbers of an array of them."""
+    return Numbers(x[0], x[1], x[2], x[3], x[4], x[5], x[6])
