@@ -271,9 +271,12 @@ def test_check_proves_the_vectors_of_a_clause(capsys: pytest.CaptureFixture[str]
     words = ["check", "--clause", "OWN-SINK1", "--dtype", "float64"]
     assert cli.main([*words, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    cell = shown["clauses"]["OWN-SINK1"]["numpy float64"]
-    assert cell["failed"] == cell["not_run"] == 0 < cell["passed"] == shown["passed"]
-    assert 0 < cell["ratio"] <= 1
+    cells = shown["clauses"]["OWN-SINK1"]
+    assert cells["numpy float64"]["not_run"] == 0
+    for cell in cells.values():
+        assert cell["failed"] == 0
+        assert 0 < cell["ratio"] <= 1 or not cell["passed"]
+    assert sum(cell["passed"] for cell in cells.values()) == shown["passed"] > 0
     assert set(shown["absent"]) == set(BACKENDS) - set(CLAIMS)
     assert cli.main(words) == 0
     text = capsys.readouterr().out
