@@ -229,6 +229,18 @@ def test_the_backend_declines_what_the_kernels_do_not_claim():
         load("numba").run("attention", inputs, {}, {}, "int8")
 
 
+def test_read_only_arguments_need_no_kernel_of_their_own():
+    from refattn.cpu.kernels import forward
+
+    query, key, value = problem()
+    given = {"key_lengths": np.array([90, 50]), "sinks": drawn(3), "slopes": drawn(3)}
+    for array in (query, key, value, *given.values()):
+        array.flags.writeable = False
+    cpu.attention(query, key, value, **given)
+    formats = [signature[0] for signature in forward.signatures]
+    assert len(formats) == len(set(formats)) <= 2
+
+
 SCRIPT = """
 import sys
 import numpy as np

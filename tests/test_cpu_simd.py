@@ -199,6 +199,11 @@ def test_a_product_stores_adds_or_scales(dtype, vectors):
         assert np.array_equal(found, expected)
 
 
+def test_no_two_products_share_the_name_by_which_cached_kernels_are_linked():
+    found = [getattr(products, f"_product_{v}").py_func.__qualname__ for v in (1, 2, 3, 4)]
+    assert len(set(found)) == 4
+
+
 PACKED = {
     "avx512": {"float32": r"vfmadd\w+ps\s.*zmm", "float64": r"vfmadd\w+pd\s.*zmm"},
     "avx2": {"float32": r"vfmadd\w+ps\s.*ymm", "float64": r"vfmadd\w+pd\s.*ymm"},

@@ -243,14 +243,12 @@ def _logits(array: NDArray | None, shape: tuple[int, ...]) -> NDArray | None:
 
 def _heads(array: NDArray | None, heads: int, dtype: np.dtype[Any]) -> NDArray | None:
     """Return numbers by head in the computing format."""
-    return None if array is None else np.ascontiguousarray(array, dtype).reshape(heads)
+    return None if array is None else np.array(array, dtype, order="C").reshape(heads)
 
 
 def _lengths(lengths: NDArray | None, batch: int, n: int) -> NDArray:
-    """Return one length an item."""
-    return (
-        np.full(batch, n, np.int64) if lengths is None else np.ascontiguousarray(lengths, np.int64)
-    )
+    """Return one length an item, always writable: a kernel has one signature."""
+    return np.full(batch, n, np.int64) if lengths is None else np.array(lengths, np.int64)
 
 
 def _window(options: dict[str, Any]) -> tuple[int, int]:

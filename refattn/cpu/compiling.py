@@ -119,7 +119,9 @@ def prepare(dispatcher: Any, *arguments: Any) -> None:
     notice.start()
     try:
         with _locked(FOLDER / "lock"):
+            dispatcher._can_compile = True
             dispatcher.compile(signature)
+            dispatcher.disable_compile()  # another signature is a fault, and would miss the lock
     finally:
         notice.cancel()
     _ready.add((dispatcher, type(arguments[0])))

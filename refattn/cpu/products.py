@@ -24,7 +24,6 @@ def _product(vectors: int) -> Any:
     """Return the product for panels of a fixed number of vectors."""
     rows = ROWS[vectors]
 
-    @njit(error_model="numpy", nogil=True)
     def product(zero, A, a_row, a_col, n, B, b_row, depth, C, c_row, mode, scales):
         for r in range(0, n, rows):
             tile = zero_tile(zero, rows, vectors)
@@ -38,7 +37,9 @@ def _product(vectors: int) -> Any:
             else:
                 scale_add_tile(tile, C, c, c_row, scales)
 
-    return product
+    # cached kernels are linked by name: two products of one name would be taken for each other
+    product.__name__ = product.__qualname__ = f"product_{vectors}"
+    return njit(error_model="numpy", nogil=True)(product)
 
 
 _product_1, _product_2, _product_3, _product_4 = (_product(v) for v in (1, 2, 3, 4))
