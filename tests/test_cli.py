@@ -167,8 +167,8 @@ def test_without_the_tests_the_coverage_table_is_neither_judged_nor_written(
 @pytest.mark.parametrize(
     "words",
     [
-        ["check", "--clause", "OWN-SINK1", "--dtype", "float64"],
-        ["check", "--clause", "OWN-SINK1", "--dtype", "float64", "--json"],
+        ["check", "--backend", "numpy", "--clause", "OWN-SINK1"],
+        ["check", "--backend", "numpy", "--clause", "OWN-SINK1", "--json"],
         ["spec", "list"],
         ["vectors", "list", "--json"],
     ],
