@@ -5,7 +5,6 @@ Every function of `attention.py` takes the same options; `AttentionOptions` is t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -32,6 +31,7 @@ from refattn.checks import (
 from refattn.grouped import HEAD_MAPS, expand_heads, group_size
 from refattn.masks import allowed_pairs, check_lengths, check_window, position_offset
 from refattn.softmax import EMPTY_ROWS
+from refattn.tiles import default_scale
 
 SOFTCAP_ORDERS = ("before_bias", "after_bias")
 """Whether the softcap acts on the scaled product or on the sum with bias and ALiBi."""
@@ -132,14 +132,6 @@ class Problem:
     options: dict[str, Any]
 
 
-def default_scale(d_k: int) -> float:
-    """Return 1/√d_k.
-
-    Spec: OWN-SCALE1, VAS-EQ1.
-    """
-    return 1.0 / math.sqrt(d_k)
-
-
 def resolve(
     function: str, query: Array, key: Array, value: Array, asked: AttentionOptions
 ) -> Problem:
@@ -177,7 +169,7 @@ def resolve(
         Q=widen(query),
         K=K,
         V=V,
-        scale=default_scale(sizes["d_k"]) if scale is None else scale,
+        scale=default_scale(scale, sizes["d_k"]),
         group=group,
         offset=offset,
         allowed=allowed,

@@ -240,6 +240,6 @@ def divisor(row_sum: Array) -> Array:
 def default_scale(scale: float | None, d_k: int) -> float:
     """Return the scale, 1/√d_k where none is given.
 
-    Spec: OWN-SCALE1.
+    Spec: OWN-SCALE1, VAS-EQ1.
     """
     return 1.0 / math.sqrt(d_k) if scale is None else float(scale)

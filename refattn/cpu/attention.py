@@ -28,7 +28,8 @@ from refattn.cpu.plan import (
     tensor,
 )
 from refattn.grouped import group_size
-from refattn.options import AttentionOptions, check_arguments, default_scale
+from refattn.options import AttentionOptions, check_arguments
+from refattn.tiles import default_scale
 
 NDArray = np.ndarray[Any, Any]
 """A NumPy array of any dtype."""
@@ -155,7 +156,7 @@ def plan_job(
     b, h, n_q, d_k = q.shape
     n_k, d_v = sizes["n_k"], sizes["d_v"]
     dtype = np.dtype("float64" if dtype_name(query) == "float64" else "float32")
-    scale = default_scale(d_k) if options.get("scale") is None else float(options["scale"])
+    scale = default_scale(options.get("scale"), d_k)
     softcap = options.get("softcap")
     mask, bias = (_logits(options.get(name), (b, h, n_q, n_k)) for name in ("mask", "bias"))
     slopes, sinks = (_heads(options.get(name), h, dtype) for name in ("slopes", "sinks"))
