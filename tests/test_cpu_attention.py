@@ -19,7 +19,8 @@ import refattn  # noqa: E402
 from refattn import cpu  # noqa: E402
 from refattn.backends import Unsupported, load  # noqa: E402
 from refattn.checks import DtypeError, OptionError, ShapeError  # noqa: E402
-from refattn.cpu import pool  # noqa: E402
+from refattn.cpu import pool, tiling  # noqa: E402
+from refattn.cpu.host import lanes  # noqa: E402
 
 
 def drawn(*shape, dtype=np.float32, seed=0):
@@ -137,6 +138,16 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(dtype):
         for threads in (1, 2, 3, 7):
             again = cpu.attention(query, key, value, threads=threads, **options)
             assert all(map(np.array_equal, first, again))
+
+
+def test_the_bits_of_a_head_do_not_depend_on_the_heads_beside_it():
+    query, key, value = (np.random.default_rng(3).standard_normal((2, 9, 700, 16)) for _ in "qkv")
+    assert tiling.panels(18, 700, 16, 16, lanes(8)) != tiling.panels(1, 700, 16, 16, lanes(8))
+    options = {"window": (150, 90)}
+    whole = cpu.attention(query, key, value, **options)
+    alone = cpu.attention(*(x[1:, 4:5] for x in (query, key, value)), **options)
+    for a, b in zip(whole, alone, strict=True):
+        assert np.array_equal(a[1:, 4:5], b)
 
 
 def test_several_python_threads_may_call_at_once():

@@ -9,7 +9,7 @@ import numpy as np
 from refattn.arrays import dtype_name
 from refattn.attention import AttentionResult
 from refattn.backends import Unsupported
-from refattn.cpu import pool
+from refattn.cpu import pool, tiling
 from refattn.cpu.compiling import prepare
 from refattn.cpu.copying import STORAGES
 from refattn.cpu.host import lanes
@@ -191,7 +191,8 @@ def plan_job(
         terms=int(
             any(x is not None for x in (mask, bias, slopes, softcap)) or reals.scale_log2_e == 0
         ),
-        key_tile=128 if max(d_k, d_v) <= 64 else 64,
+        key_tile=tiling.key_tile(d_k, d_v),
+        panels=tiling.panels(b * h, n_q, d_k, d_v, lanes(dtype.itemsize)),
     )
     rules = Rules(
         np.broadcast_to(np.asarray(offset, np.int64).reshape(-1), (b,)).copy(),

@@ -50,10 +50,20 @@ def vectors_seeing(zero, plan, first, rows, j, n, vectors):
 
 
 @njit(error_model="numpy")
+def seen_by_all(plan, first, rows, j, n):
+    """Return how many of n keys, from the first on, every row of a panel sees: whole groups."""
+    all_low, all_high = max(0, first + rows - 1 - plan.left), first + plan.right + 1
+    return 0 if j < all_low else max(0, min(n, all_high - j)) // GROUP * GROUP
+
+
+@njit(error_model="numpy")
 def edge_scores(zero, plan, K, k_row, first, rows, j, n, Q, vectors, d, S):
     """Write Sᵀ = K Qᵀ at the edge of the band, only for the vectors that see some key."""
     width = vectors * lane_count(zero)
-    for y in range(0, n, GROUP):
+    whole = seen_by_all(plan, first, rows, j, n)
+    if whole > 0:
+        scores(zero, K, k_row, whole, Q, width, 0, vectors, d, S)
+    for y in range(whole, n, GROUP):
         keys = min(GROUP, n - y)
         start, seeing = vectors_seeing(zero, plan, first, rows, j + y, keys, vectors)
         K_y, S_y = advance(K, y * k_row), advance(S, y * width)
@@ -65,7 +75,10 @@ def edge_scores(zero, plan, K, k_row, first, rows, j, n, Q, vectors, d, S):
 def edge_values(zero, plan, V, v_row, first, rows, j, n, P, vectors, d, O):
     """Add Vᵀ Pᵀ to Oᵀ at the edge of the band, only for the vectors that see some key."""
     width, rows_out = vectors * lane_count(zero), up(d, ROW_STEP)
-    for y in range(0, n, GROUP):
+    whole = seen_by_all(plan, first, rows, j, n)
+    if whole > 0:
+        multiply(zero, V, 1, v_row, rows_out, P, width, whole, O, width, vectors, ADD, O)
+    for y in range(whole, n, GROUP):
         keys = min(GROUP, n - y)
         start, seeing = vectors_seeing(zero, plan, first, rows, j + y, keys, vectors)
         start *= lane_count(zero)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from numba import njit, types
 
+from refattn.cpu.halves import load_bfloat16, load_float16
 from refattn.cpu.products import ROW_STEP
 from refattn.cpu.simd import (
     advance,
     from_bits,
     lane_count,
     load,
-    load_bfloat16,
-    load_float16,
     pointer,
     prefetch,
     store,

@@ -13,6 +13,8 @@ from typing import Any
 from numba import njit, types
 from numba.extending import intrinsic
 
+from refattn.cpu.avx512 import fraction, scale_by_power
+from refattn.cpu.host import HOST
 from refattn.cpu.simd import (
     add,
     constant,
@@ -104,8 +106,7 @@ rounding_shift = _constant(
 )
 
 
-@njit(error_model="numpy")
-def exp2(x):
+def exp2_by_shift(x):
     """Return 2ˣ for x up to 127 (float32) or 1023 (float64); 0 far below, NaN for NaN.
 
     Error under 1 ulp, except that results below the smallest normal number may be 0.
@@ -114,6 +115,16 @@ def exp2(x):
     shifted = add(x, rounding_shift(x))
     f = sub(x, sub(shifted, rounding_shift(x)))
     return mul(fma(f, growth(f), ones(x)), power_of_two(shifted))
+
+
+def exp2_by_avx512(x):
+    """Return the same in a quarter less instructions: two of AVX-512 find n and multiply by 2ⁿ."""
+    f = fraction(x)
+    return scale_by_power(fma(f, growth(f), ones(x)), sub(x, f))
+
+
+exp2 = njit(error_model="numpy")(exp2_by_avx512 if HOST.name == "avx512" else exp2_by_shift)
+"""See `exp2_by_shift`."""
 
 
 @njit(error_model="numpy")

@@ -25,15 +25,12 @@ from refattn.cpu.simd import (
     pointer,
 )
 
-PANELS = 2
-"""Panels of queries that share each tile of keys and values."""
-
 
 def scratch_size(plan: Plan, lanes: int) -> int:
     """Return how many numbers of scratch a thread of `forward` needs."""
     d_k, d_v, tile = plan.d_k, -(-plan.d_v // ROW_STEP) * ROW_STEP, plan.key_tile + ROW_STEP
     width = VECTORS * lanes
-    panels = PANELS * width * (d_k + d_v + 3)
+    panels = plan.panels * width * (d_k + d_v + 3)
     return panels + 2 * tile * width + tile * (d_k + d_v) + width * max(d_k, d_v)
 
 
@@ -95,15 +92,15 @@ def attend_tile(
 
 @njit(error_model="numpy")
 def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
-    """Attend from one block of queries, `PANELS` panels, to all keys in reach.
+    """Attend from one block of queries, `plan.panels` panels, to all keys in reach.
 
     Spec: FA1-ALG1 lines 6-14, its loops exchanged: rows of Q outside, so that O is written once.
     """
     slopes, sinks = rules.slopes, rules.sinks
-    lanes = lane_count(zero)
+    lanes, count = lane_count(zero), plan.panels
     width = VECTORS * lanes
-    q0 = block * PANELS * width
-    last = min(plan.n_q, q0 + PANELS * width)
+    q0 = block * count * width
+    last = min(plan.n_q, q0 + count * width)
     valid = max(q0, min(last, rules.query_lengths[b]))
     n_k, offset = rules.key_lengths[b], rules.offsets[b]
     leave_empty(zero, plan, numbers, b, h, valid, last, sinks[h])
@@ -117,7 +114,7 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
     panels = advance(buffer, width * max(plan.d_k, plan.d_v))
     panel_size = width * (plan.d_k + d_v + 3)
     low, high = n_k, 0
-    for p in range(PANELS):
+    for p in range(count):
         i = q0 + p * width
         rows = max(0, min(width, valid - i))
         if rows > 0:
@@ -126,7 +123,8 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
             bounds = reach(plan, i + offset, rows, n_k)
             low, high = min(low, bounds[0]), max(high, bounds[1])
     g = h % plan.key_heads if plan.tiled_heads else h // (plan.heads // plan.key_heads)
-    for j in range(low, high, plan.key_tile):
+    # tiles begin at the same keys for every panel, whatever else is in its block
+    for j in range(low // plan.key_tile * plan.key_tile, high, plan.key_tile):
         n = min(plan.key_tile, high - j)
         K, k_row = rows_of(
             zero, plan.storage, plan.key, b, g, j, n, plan.n_k, plan.d_k, 1, keys, plan.d_k
@@ -135,9 +133,7 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
             zero, plan.storage, plan.value, b, g, j, n, plan.n_k, plan.d_v, ROW_STEP, values, d_v
         )
         ahead = min(plan.key_tile, high - j - n)
-        fetch_rows(zero, plan.storage, plan.key, b, g, j + n, ahead, plan.d_k)
-        fetch_rows(zero, plan.storage, plan.value, b, g, j + n, ahead, plan.d_v)
-        for p in range(PANELS):
+        for p in range(count):
             i = q0 + p * width
             rows = max(0, min(width, valid - i))
             lo, hi, all_lo, all_hi = reach(plan, i + offset, rows, n_k)
@@ -145,12 +141,16 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
             if rows > 0 and start < stop:
                 panel = panel_at(zero, plan, panels, p, panel_size, S, added, rows)
                 K_p, V_p = advance(K, (start - j) * k_row), advance(V, (start - j) * v_row)
+                # the next tile's share that comes while this panel is worked on
+                y, stop_y = ahead * p // count, ahead * (p + 1) // count
+                fetch_rows(zero, plan.storage, plan.key, b, g, j + n + y, stop_y - y, plan.d_k)
+                fetch_rows(zero, plan.storage, plan.value, b, g, j + n + y, stop_y - y, plan.d_v)
                 inside = start >= all_lo and stop <= all_hi
                 attend_tile(
                     zero, plan, numbers, slopes[h], b, h, i, rows, i + offset,
                     K_p, k_row, V_p, v_row, start, stop - start, inside, panel,
                 )  # fmt: skip
-    for p in range(PANELS):
+    for p in range(count):
         i = q0 + p * width
         rows = max(0, min(width, valid - i))
         if rows > 0:
@@ -175,7 +175,7 @@ def forward(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes, 
     """
     plan, numbers = read_plan(integers), read_numbers(reals)
     rules = Rules(offsets, n_q, n_k, slopes, sinks)
-    size = PANELS * VECTORS * lane_count(zero)
+    size = plan.panels * VECTORS * lane_count(zero)
     blocks, pairs = (plan.n_q + size - 1) // size, plan.batch * plan.heads
     room, claimed = pointer(scratch, zero), pointer(counter, types.int64(0))
     t = claim(claimed)

@@ -38,22 +38,19 @@ def softmax_tile(zero, numbers, S, n, panel, factor):
     """
     m, l, alpha, vectors = panel.m, panel.l, panel.alpha, panel.vectors
     lanes = lane_count(zero)
+    row = vectors * lanes
     c, lowest = splat(factor), splat(-numbers.infinity)
     for v in range(vectors):
-        at, row = v * lanes, vectors * lanes
+        at = v * lanes
         # line 10
-        m_tilde = m_odd = lowest
-        for y in range(0, n - 1, 2):  # two chains: a maximum waits for the one before
-            m_tilde = maximum(load(S, at + y * row), m_tilde)
-            m_odd = maximum(load(S, at + (y + 1) * row), m_odd)
-        m_tilde = maximum(load(S, at + (n - 1) * row), maximum(m_odd, m_tilde))
+        m_tilde = largest(S, at, n, row, lowest)
         m_old = load(m, at)
         m_new = maximum(mul(m_tilde, c), m_old)
         # a row that has seen no allowed key yet is shifted by nothing: -∞ - (-∞) is no number
         shift = where_less(lowest, m_new, m_new, splat(zero))
-        P_sum = splat(zero)
+        negative, P_sum = sub(splat(zero), shift), splat(zero)
         for y in range(n):
-            P_tilde = exp2(fma(load(S, at + y * row), c, sub(splat(zero), shift)))
+            P_tilde = exp2(fma(load(S, at + y * row), c, negative))
             store(S, at + y * row, P_tilde)
             P_sum = add(P_sum, P_tilde)
         # line 11
@@ -61,6 +58,26 @@ def softmax_tile(zero, numbers, S, n, panel, factor):
         store(l, at, fma(load(l, at), a, P_sum))
         store(m, at, m_new)
         store(alpha, at, a)
+
+
+@njit(error_model="numpy")
+def largest(S, at, n, row, lowest):
+    """Return the maximum of n vectors that lie `row` elements apart, by four chains.
+
+    A maximum waits for the one before it; a NaN among the last vectors may be kept or dropped.
+    """
+    m_0 = m_1 = m_2 = m_3 = lowest
+    y = 0
+    while y + 4 <= n:
+        m_0 = maximum(load(S, at + y * row), m_0)
+        m_1 = maximum(load(S, at + (y + 1) * row), m_1)
+        m_2 = maximum(load(S, at + (y + 2) * row), m_2)
+        m_3 = maximum(load(S, at + (y + 3) * row), m_3)
+        y += 4
+    while y < n:
+        m_0 = maximum(load(S, at + y * row), m_0)
+        y += 1
+    return maximum(maximum(m_0, m_1), maximum(m_2, m_3))
 
 
 @njit(error_model="numpy")

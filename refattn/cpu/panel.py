@@ -20,6 +20,7 @@ from refattn.cpu.simd import (
     div,
     lane_count,
     load,
+    mul,
     pointer,
     store,
     where_less,
@@ -98,9 +99,10 @@ def end_panel(zero, plan, b, h, i, rows, panel):
     for v in range(vectors):
         total = load(l, v * lanes)
         divisor = where_less(total, smallest(total), ones(total), total)
+        share = div(ones(total), divisor)  # one slow division a vector, not one a feature
         for x in range(plan.d_v):
             at = x * width + v * lanes
-            store(O, at, div(load(O, at), divisor))
+            store(O, at, mul(load(O, at), share))
     out = plan.output
     place = b * out.batch + h * out.head + i * out.row
     turn(O, width, plan.d_v, rows, advance(pointer(out.address, zero), place), out.row)

@@ -69,6 +69,8 @@ class Plan(NamedTuple):
     """1 if the logits are more than the scaled product, or a mask is given."""
     key_tile: int
     """Keys a tile."""
+    panels: int
+    """Panels of queries that share each tile in the forward kernel."""
 
 
 class Numbers(NamedTuple):
@@ -138,7 +140,7 @@ def read_plan(i):
     return Plan(
         tensor_at(i, 0), tensor_at(i, 5), tensor_at(i, 10), tensor_at(i, 15), tensor_at(i, 20),
         tensor_at(i, 25), i[30], i[31], i[32], i[33], i[34], i[35], i[36], i[37], i[38], i[39],
-        i[40], i[41], i[42], i[43], i[44], i[45], i[46], i[47],
+        i[40], i[41], i[42], i[43], i[44], i[45], i[46], i[47], i[48],
     )  # fmt: skip
 
 

@@ -13,31 +13,51 @@ from refattn.cpu.tile import add_outer, add_tile, scale_add_tile, store_tile, ze
 STORE, ADD, SCALE = 0, 1, 2
 """What becomes of the old C: replaced, added to, or scaled column by column and added to."""
 
-ROWS = {1: 8, 2: 8, 3: 8, 4: 4} if HOST.registers >= 32 else {1: 8, 2: 4, 3: 4, 4: 2}
+ROWS = {1: 8, 2: 8, 3: 8, 4: 6} if HOST.registers >= 32 else {1: 8, 2: 4, 3: 4, 4: 2}
 """Rows of a register tile by its vectors: enough sums to hide their latency, and no spill."""
+
+LAST_ROWS = {8: 8, 6: 4, 4: 4, 2: 2}
+"""Rows of the last tiles of a product by those of the others: 6 does not divide what 8 does."""
 
 ROW_STEP = 8
 """Rows of a product come in multiples of this; what is beyond the true rows is never read."""
 
 
+def _block(rows: int, vectors: int) -> Any:
+    """Return the product for one register tile of a fixed size."""
+
+    def block(zero, A, a_row, a_col, B, b_row, depth, C, c_row, mode, scales):
+        tile = zero_tile(zero, rows, vectors)
+        for k in range(depth):
+            tile = add_outer(tile, A, k * a_col, a_row, B, k * b_row)
+        if mode == STORE:
+            store_tile(tile, C, 0, c_row)
+        elif mode == ADD:
+            add_tile(tile, C, 0, c_row)
+        else:
+            scale_add_tile(tile, C, 0, c_row, scales)
+
+    # cached kernels are linked by name: two blocks of one name would be taken for each other
+    block.__name__ = block.__qualname__ = f"block_{rows}_{vectors}"
+    return njit(error_model="numpy", nogil=True)(block)
+
+
 def _product(vectors: int) -> Any:
     """Return the product for panels of a fixed number of vectors."""
     rows = ROWS[vectors]
+    last_rows = LAST_ROWS[rows]
+    many, last = _block(rows, vectors), _block(last_rows, vectors)
 
     def product(zero, A, a_row, a_col, n, B, b_row, depth, C, c_row, mode, scales):
-        for r in range(0, n, rows):
-            tile = zero_tile(zero, rows, vectors)
-            a, c = advance(A, r * a_row), r * c_row
-            for k in range(depth):
-                tile = add_outer(tile, a, k * a_col, a_row, B, k * b_row)
-            if mode == STORE:
-                store_tile(tile, C, c, c_row)
-            elif mode == ADD:
-                add_tile(tile, C, c, c_row)
-            else:
-                scale_add_tile(tile, C, c, c_row, scales)
+        # n is even: 6 divides n - 4 (n mod 3)
+        end = n - last_rows * (n % 3) if last_rows < rows else n
+        for r in range(0, end, rows):
+            A_r, C_r = advance(A, r * a_row), advance(C, r * c_row)
+            many(zero, A_r, a_row, a_col, B, b_row, depth, C_r, c_row, mode, scales)
+        for r in range(end, n, last_rows):
+            A_r, C_r = advance(A, r * a_row), advance(C, r * c_row)
+            last(zero, A_r, a_row, a_col, B, b_row, depth, C_r, c_row, mode, scales)
 
-    # cached kernels are linked by name: two products of one name would be taken for each other
     product.__name__ = product.__qualname__ = f"product_{vectors}"
     return njit(error_model="numpy", nogil=True)(product)
 
