@@ -155,18 +155,34 @@ def alibi_bias(
             such name.
         MemoryLimitError: the distances and the bias do not fit into the free memory.
     """
-    check_shapes("alibi_bias", slopes=(slopes, "h"))
-    check_floats("alibi_bias", slopes=slopes)
-    check_option("alibi_bias", "distance", distance, DISTANCES)
-    n_q, n_k = check_counts("alibi_bias", least=0, n_q=n_q, n_k=n_k)
+    n_q, n_k, offset = check_bias("alibi_bias", slopes, n_q, n_k, alignment, distance)
+    check_memory("alibi_bias", bias_shape(slopes, n_q, n_k, offset), itemsize=8, arrays=2)
     xp = array_namespace(slopes)
-    offset = position_offset("alibi_bias", n_q, n_k, alignment=alignment, xp=xp)
-    items = [] if isinstance(offset, int) else offset.shape[:1]
-    shape = (*items, slopes.shape[0], n_q, n_k)
-    check_memory("alibi_bias", shape, itemsize=8, arrays=2)
     m = widen(slopes)
     D = xp.astype(distances(n_q, n_k, offset=offset, distance=distance, xp=xp), m.dtype)
     return narrow(m[:, None, None] * D, slopes)
+
+
+def check_bias(
+    function: str, slopes: Array, n_q: int, n_k: int, alignment: Alignment, distance: str
+) -> tuple[int, int, int | Array]:
+    """Return the lengths of a bias and the offset of its query positions, after checking all.
+
+    Raises:
+        ShapeError, DtypeError, OptionError: as `alibi_bias`.
+    """
+    check_shapes(function, slopes=(slopes, "h"))
+    check_floats(function, slopes=slopes)
+    check_option(function, "distance", distance, DISTANCES)
+    n_q, n_k = check_counts(function, least=0, n_q=n_q, n_k=n_k)
+    xp = array_namespace(slopes)
+    return n_q, n_k, position_offset(function, n_q, n_k, alignment=alignment, xp=xp)
+
+
+def bias_shape(slopes: Array, n_q: int, n_k: int, offset: int | Array) -> tuple[int, ...]:
+    """Return (h, n_q, n_k), or (b, h, n_q, n_k) for one offset a batch item."""
+    items = () if isinstance(offset, int) else tuple(offset.shape[:1])
+    return (*items, slopes.shape[0], n_q, n_k)
 
 
 @np.errstate(all="ignore")

@@ -13,6 +13,7 @@ import numpy as np
 
 from refattn.arrays import Array, array_namespace, dtype_name, narrow, widen
 from refattn.checks import (
+    DtypeError,
     OptionError,
     ShapeError,
     check_floats,
@@ -144,23 +145,9 @@ def rotate(x: Array, cosine: Array, sine: Array, *, pairing: str = "interleaved"
         DtypeError: a dtype is not floating, or the tables do not compute as x does.
         OptionError: the pairing is unknown.
     """
-    arrays = {"x": x, "cosine": cosine, "sine": sine}
-    check_shapes("rotate", x=(x, "... d"), cosine=(cosine, "... r/2"), sine=(sine, "... r/2"))
-    check_floats("rotate", x=x)
+    check_rotation("rotate", x, cosine, sine, pairing)
     X, cos, sin = widen(x), widen(cosine), widen(sine)
-    check_floats("rotate", x=X, cosine=cos, sine=sin)
-    check_option("rotate", "pairing", pairing, PAIRINGS)
-    half, d = cosine.shape[-1], x.shape[-1]
-    if 2 * half > d:
-        raise ShapeError(
-            f"cosine has {half} angles, but x has d={d} features, two an angle "
-            f"{describe('rotate', arrays)}"
-        )
-    if not _broadcasts(tuple(cosine.shape[:-1]), tuple(x.shape[:-1])):
-        raise ShapeError(
-            f"cosine has leading axes {tuple(cosine.shape[:-1])}, but x has {tuple(x.shape[:-1])}; "
-            f"the first must broadcast to the second {describe('rotate', arrays)}"
-        )
+    half = cosine.shape[-1]
     xp = array_namespace(x)
     if pairing == "interleaved":
         u, v = X[..., 0 : 2 * half : 2], X[..., 1 : 2 * half : 2]
@@ -174,6 +161,35 @@ def rotate(x: Array, cosine: Array, sine: Array, *, pairing: str = "interleaved"
     return narrow(xp.concat([rotated, X[..., 2 * half :]], axis=-1), x)
 
 
+def check_rotation(function: str, x: Array, cosine: Array, sine: Array, pairing: str) -> None:
+    """Check that tables fit the features that they rotate.
+
+    Raises:
+        ShapeError, DtypeError, OptionError: as `rotate`.
+    """
+    arrays = {"x": x, "cosine": cosine, "sine": sine}
+    check_shapes(function, x=(x, "... d"), cosine=(cosine, "... r/2"), sine=(sine, "... r/2"))
+    for name, array in arrays.items():
+        check_floats(function, **{name: array})
+        if table_dtype(array) != table_dtype(x):
+            raise DtypeError(
+                f"{name} has dtype {dtype_name(array)}, but x has dtype {dtype_name(x)}; "
+                f"both must compute in one format {describe(function, arrays)}"
+            )
+    check_option(function, "pairing", pairing, PAIRINGS)
+    half, d = cosine.shape[-1], x.shape[-1]
+    if 2 * half > d:
+        raise ShapeError(
+            f"cosine has {half} angles, but x has d={d} features, two an angle "
+            f"{describe(function, arrays)}"
+        )
+    if not _broadcasts(tuple(cosine.shape[:-1]), tuple(x.shape[:-1])):
+        raise ShapeError(
+            f"cosine has leading axes {tuple(cosine.shape[:-1])}, but x has {tuple(x.shape[:-1])}; "
+            f"the first must broadcast to the second {describe(function, arrays)}"
+        )
+
+
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Tell whether a shape broadcasts to a target without enlarging it."""
     ends = zip(reversed(shape), reversed(target), strict=False)
@@ -182,7 +198,7 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 def table_dtype(x: Array) -> str:
     """Return the computing dtype of x by name."""
-    return dtype_name(widen(x))
+    return "float64" if dtype_name(x) == "float64" else "float32"
 
 
 def check_positions(function: str, x: Array, positions: Array) -> Array:
