@@ -52,7 +52,7 @@ OPS = (
 CLAIMS: dict[str, tuple[str, ...]] = {
     "numpy": OPS,
     "numpy-tiled": ("attention",),
-    "numba": ("attention",),
+    "numba": ("attention", "rope", "alibi"),
 }
 """Operations that each backend of this release claims, some of them not under every option."""
 
@@ -62,10 +62,18 @@ TILED_TEXT = frozenset({"FA1-S31", "FA1-ALG1", "FA1-ALG2", "FA1-ALG4", "FA1-THM1
 MATRIX_TEXT = frozenset({"FA1-S22", "FA1-ALG0", "FA1-ALG3"})
 """Clauses that say how attention goes by whole matrices; a tiled text does not state them."""
 
+TABLE_TEXT = frozenset({"OWN-ROPE4", "OWN-ROPE5"})
+"""Clauses of the tables of a rotation; a kernel is given those of the reference."""
+
+SLOPE_TEXT = frozenset({"ALIBI-S3b", "ALIBI-S3c"})
+"""Clauses of the slopes of a linear bias; a kernel is given those of the reference."""
+
 UNSTATED = {
     ("numpy", "attention"): TILED_TEXT,
     ("numpy-tiled", "attention"): MATRIX_TEXT,
     ("numba", "attention"): MATRIX_TEXT,
+    ("numba", "rope"): TABLE_TEXT,
+    ("numba", "alibi"): SLOPE_TEXT,
 }
 """Clauses whose vectors a backend may run, but of which its run proves nothing."""
 
@@ -184,20 +192,31 @@ def _head_importance(inputs: Arrays, options: dict[str, Any], dtype: str) -> dic
     return _call("heads.head_importance", **inputs, **options)
 
 
-def _rope(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
-    outputs = _call("rope.rope", inputs["x"], inputs["positions"], **options)
-    if "d_output" in inputs:
-        backward = _call("rope.rope_backward", inputs["d_output"], inputs["positions"], **options)
-        outputs["d_x"] = backward[""]
-    return outputs
+def _rope_of(module: str) -> Op:
+    """Return how the functions of a module that are named rope and rope_backward are called."""
+
+    def run(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+        positions = inputs["positions"]
+        outputs = _call(f"{module}.rope", inputs["x"], positions, **options)
+        if "d_output" in inputs:
+            backward = _call(f"{module}.rope_backward", inputs["d_output"], positions, **options)
+            outputs["d_x"] = backward[""]
+        return outputs
+
+    return run
 
 
-def _alibi(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
-    heads, rule = options.pop("heads"), options.pop("slope_rule", "authors")
-    computing = "float64" if dtype == "float64" else "float32"
-    slopes = _call("alibi.alibi_slopes", heads, slope_rule=rule)[""].astype(computing)
-    bias = _call("alibi.alibi_bias", slopes, **options)[""]
-    return {"slopes": cast_floats(slopes, dtype), "bias": cast_floats(bias, dtype)}
+def _alibi_of(module: str) -> Op:
+    """Return how the function of a module that is named alibi_bias is called."""
+
+    def run(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+        heads, rule = options.pop("heads"), options.pop("slope_rule", "authors")
+        computing = "float64" if dtype == "float64" else "float32"
+        slopes = _call("alibi.alibi_slopes", heads, slope_rule=rule)[""].astype(computing)
+        bias = _call(f"{module}.alibi_bias", slopes, **options)[""]
+        return {"slopes": cast_floats(slopes, dtype), "bias": cast_floats(bias, dtype)}
+
+    return run
 
 
 def _tiles(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -282,8 +301,8 @@ _OPS: dict[str, dict[str, Op]] = {
         "attention": _attention,
         "multihead": _multihead,
         "head_importance": _head_importance,
-        "rope": _rope,
-        "alibi": _alibi,
+        "rope": _rope_of("rope"),
+        "alibi": _alibi_of("alibi"),
         "tiles": _tiles,
         "merge": _merge,
         "score": _score,
@@ -292,6 +311,6 @@ _OPS: dict[str, dict[str, Op]] = {
         "keep_mask": _keep_mask,
     },
     "numpy-tiled": {"attention": _tiled_attention},
-    "numba": {"attention": _numba_attention},
+    "numba": {"attention": _numba_attention, "rope": _rope_of("cpu"), "alibi": _alibi_of("cpu")},
 }
 """How the functions of a backend are called for each operation."""

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 
-from refattn.arrays import Array, array_namespace, dtype_name, narrow, widen
+from refattn.arrays import FLOATS, Array, array_namespace, dtype_name, narrow, widen
 from refattn.checks import (
     DtypeError,
     OptionError,
@@ -169,25 +169,28 @@ def check_rotation(function: str, x: Array, cosine: Array, sine: Array, pairing:
     """
     arrays = {"x": x, "cosine": cosine, "sine": sine}
     check_shapes(function, x=(x, "... d"), cosine=(cosine, "... r/2"), sine=(sine, "... r/2"))
-    for name, array in arrays.items():
-        check_floats(function, **{name: array})
-        if table_dtype(array) != table_dtype(x):
+    dtypes = {name: dtype_name(array) for name, array in arrays.items()}
+    for name, dtype in dtypes.items():
+        if dtype not in FLOATS:
+            check_floats(function, **{name: arrays[name]})
+        if (dtype == "float64") != (dtypes["x"] == "float64"):
             raise DtypeError(
-                f"{name} has dtype {dtype_name(array)}, but x has dtype {dtype_name(x)}; "
+                f"{name} has dtype {dtype}, but x has dtype {dtypes['x']}; "
                 f"both must compute in one format {describe(function, arrays)}"
             )
     check_option(function, "pairing", pairing, PAIRINGS)
-    half, d = cosine.shape[-1], x.shape[-1]
+    half, d, rows = cosine.shape[-1], x.shape[-1], tuple(x.shape[:-1])
     if 2 * half > d:
         raise ShapeError(
             f"cosine has {half} angles, but x has d={d} features, two an angle "
             f"{describe(function, arrays)}"
         )
-    if not _broadcasts(tuple(cosine.shape[:-1]), tuple(x.shape[:-1])):
-        raise ShapeError(
-            f"cosine has leading axes {tuple(cosine.shape[:-1])}, but x has {tuple(x.shape[:-1])}; "
-            f"the first must broadcast to the second {describe(function, arrays)}"
-        )
+    for name, table in (("cosine", cosine), ("sine", sine)):
+        if not _broadcasts(tuple(table.shape[:-1]), rows):
+            raise ShapeError(
+                f"{name} has leading axes {tuple(table.shape[:-1])}, but x has {rows}; "
+                f"the first must broadcast to the second {describe(function, arrays)}"
+            )
 
 
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal, localcontext
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 from refattn.checks import OptionError, check_finite, check_positive
@@ -111,8 +112,15 @@ def geometric(base: Decimal, d: int, numbers: Numbers) -> list[Decimal]:
 
         θ_i = base^(-2(i-1)/d)
     """
-    step = -2 * base.ln() / d
-    return [(step * i).exp() for i in range(d // 2)]
+    return list(_powers(base, d))
+
+
+@lru_cache(maxsize=64)  # every call of rope asks for the same few, which take a millisecond
+def _powers(base: Decimal, d: int) -> tuple[Decimal, ...]:
+    """Return base^(-2i/d) for i below d/2, to `DIGITS` digits."""
+    with localcontext(Context(prec=DIGITS)):
+        step = -2 * base.ln() / d
+        return tuple((step * i).exp() for i in range(d // 2))
 
 
 def linear(base: Decimal, d: int, numbers: Numbers) -> list[Decimal]:

@@ -234,8 +234,8 @@ def test_bad_arguments_are_refused_as_by_the_reference():
 
 def test_the_backend_declines_what_the_kernels_do_not_claim():
     inputs = dict(zip(("query", "key", "value"), problem(), strict=True))
-    with pytest.raises(Unsupported, match="op is rope, but backend numba claims attention"):
-        load("numba").run("rope", {}, {}, {}, "float32")
+    with pytest.raises(Unsupported, match="op is merge, but backend numba claims attention"):
+        load("numba").run("merge", {}, {}, {}, "float32")
     with pytest.raises(Unsupported, match="dtype is int8, but backend numba claims float64"):
         load("numba").run("attention", inputs, {}, {}, "int8")
 

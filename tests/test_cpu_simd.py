@@ -22,7 +22,14 @@ require("numba")
 from numba import njit, typeof  # noqa: E402
 
 from refattn.cpu import elementary, products, simd  # noqa: E402
-from refattn.cpu.copying import BFLOAT16, FLOAT16, NATIVE, copy_rows, copy_transposed  # noqa: E402
+from refattn.cpu.copying import (  # noqa: E402
+    BFLOAT16,
+    FLOAT16,
+    NATIVE,
+    copy_rows,
+    copy_transposed,
+    write_vector,
+)
 from refattn.cpu.host import HOST, VECTORS, describe_host, lanes  # noqa: E402
 
 FORMATS = [np.float32, np.float64]
@@ -142,6 +149,68 @@ def _lane_sum(a):
 def test_the_lanes_of_a_vector_are_summed(dtype):
     a = np.arange(lanes(np.dtype(dtype).itemsize)).astype(dtype)
     assert np.array_equal(each(_lane_sum, a), np.full(a.shape, a.sum()))
+
+
+@njit
+def _even(a, b):
+    return simd.even_lanes(a, b)
+
+
+@njit
+def _odd(a, b):
+    return simd.odd_lanes(a, b)
+
+
+@njit
+def _low(a, b):
+    return simd.zip_low(a, b)
+
+
+@njit
+def _high(a, b):
+    return simd.zip_high(a, b)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_the_lanes_of_two_vectors_are_taken_in_turn_and_back(dtype):
+    n = lanes(np.dtype(dtype).itemsize)
+    every = np.arange(2 * n).astype(dtype)
+    a, b = every[:n], every[n:]
+    assert np.array_equal(each(_even, a, b), every[0::2])
+    assert np.array_equal(each(_odd, a, b), every[1::2])
+    turns = np.stack([a, b], axis=1).reshape(-1)
+    assert np.array_equal(each(_low, a, b), turns[:n])
+    assert np.array_equal(each(_high, a, b), turns[n:])
+
+
+@njit
+def _write(numbers, halves, storage):
+    zero = numbers[0]
+    p = simd.pointer(numbers.ctypes.data, zero)
+    for i in range(0, numbers.size, simd.lane_count(zero)):
+        write_vector(zero, halves.ctypes.data, i, simd.load(p, i), storage)
+
+
+@pytest.mark.clause("OWN-ROUND1")
+@pytest.mark.parametrize(("dtype", "storage"), [(np.float16, 1), (ml_dtypes.bfloat16, 2)])
+def test_a_number_is_rounded_once_to_the_nearest_of_sixteen_bits_and_to_the_even_one(
+    dtype, storage
+):
+    every = np.arange(2**16, dtype=np.uint16).view(dtype).astype(np.float32)
+    finite = np.sort(every[np.isfinite(every)])
+    ties = finite[:-1] + (finite[1:] - finite[:-1]) / 2  # exact: one bit more
+    beyond = np.float32([65519.996, 65520, 3.3953e38, 3.4e38, 1e-45, -1e-45, 2**-149])
+    found = [every, ties, beyond]
+    found += [np.nextafter(x, np.float32(end)) for x in (ties, finite) for end in (-np.inf, np.inf)]
+    numbers = np.concatenate(found)
+    numbers = np.concatenate([numbers, np.zeros(-numbers.size % 64, np.float32)])
+    halves = np.empty(numbers.size, np.uint16)
+    _write(numbers, halves, storage)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = numbers.astype(dtype)
+    nan = np.isnan(numbers)
+    assert np.array_equal(halves[~nan], expected.view(np.uint16)[~nan])
+    assert np.isnan(halves.view(dtype)[nan].astype(np.float32)).all()
 
 
 @njit
@@ -282,3 +351,4 @@ def test_a_restricted_target_computes_the_same_within_rounding(name, tmp_path):
     found = json.loads(run.stdout)
     assert found["host"]["name"] == name
     assert max(found["errors"]) < 4e-6
+    assert found["rotations"] == [True] * 12

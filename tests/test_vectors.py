@@ -21,10 +21,10 @@ def test_the_reference_agrees_with_the_certified_values(name):
     assert not failures, "\n".join(failures)
 
 
-ATTENTION = [name for name, case in CASES.items() if case.op in CLAIMS["numba"]]
+CLAIMED = [name for name, case in CASES.items() if case.op in CLAIMS["numba"]]
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("name", CLAIMED)
 def test_the_cpu_kernels_agree_with_the_certified_values(name):
     try:
         backend = load("numba")

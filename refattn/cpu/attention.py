@@ -20,19 +20,18 @@ from refattn.cpu.plan import (
     NO_DISTANCE,
     NO_SOFTCAP,
     OPEN,
+    NDArray,
     Numbers,
     Plan,
     Rules,
     flatten,
     numbers,
     tensor,
+    whole_elements,
 )
 from refattn.grouped import group_size
 from refattn.options import AttentionOptions, check_arguments
 from refattn.tiles import default_scale
-
-NDArray = np.ndarray[Any, Any]
-"""A NumPy array of any dtype."""
 
 CLAIMED = {"empty_row": ("zero",), "masked": ("select",), "round_weights": (False,)}
 """The values that the kernels support of options which the reference takes more of."""
@@ -127,18 +126,11 @@ def run_decode(job: Job, threads: int) -> None:
 
 def run(kernel: Any, size: int, job: Job, more: tuple[NDArray, ...], threads: int) -> None:
     """Run a kernel, with so much scratch a thread, over all work of a job."""
-    zero, plan = job.dtype.type(0), job.plan
+    plan = job.plan
     integers, reals = np.array(flatten(plan)), np.array(job.numbers, job.dtype)
-    about = (integers, reals, *job.rules, *more)
-    counter = np.zeros(1, np.int64)
-    claimed = counter.ctypes.data
-    prepare(kernel, zero, 0, claimed, *about)
-
-    def work() -> None:
-        kernel(zero, pool.scratch(size, job.dtype), claimed, *about)
-
     products = plan.batch * plan.heads * plan.n_q * plan.n_k * (plan.d_k + plan.d_v)
-    pool.run(work, threads if products > SMALL else 1)
+    about = (integers, reals, *job.rules, *more)
+    pool.share(kernel, size, job.dtype, about, threads if products > SMALL else 1)
 
 
 def plan_job(
@@ -225,13 +217,8 @@ def check_claimed(function: str, query: NDArray, options: dict[str, Any]) -> Non
 
 
 def four_axes(array: NDArray) -> NDArray:
-    """Return an array with leading axes of size 1 up to four, copied only if its elements are odd.
-
-    Odd are another byte order, and elements that lie at no multiple of their size.
-    """
-    odd = any(s % array.itemsize for s in array.strides) or not array.flags.aligned
-    if odd or not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="), order="C")
+    """Return an array of four axes, the leading ones of size 1; copied only if it is odd."""
+    array = whole_elements(array)
     return array.reshape((1,) * (4 - array.ndim) + array.shape)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numba import njit, types
 
-from refattn.cpu.halves import load_bfloat16, load_float16
+from refattn.cpu.halves import load_bfloat16, load_float16, store_bfloat16, store_float16
 from refattn.cpu.products import ROW_STEP
 from refattn.cpu.simd import (
     advance,
@@ -41,6 +41,42 @@ def read(zero, address, index, storage):
 
 
 @njit(error_model="numpy")
+def read_vector(zero, address, index, storage):
+    """Return as many numbers of an input as a vector has lanes, widened exactly."""
+    if storage == NATIVE:
+        return load(pointer(address, zero), index)
+    halves = pointer(address, types.uint16(0))
+    if storage == BFLOAT16:
+        return load_bfloat16(halves, index, zero)
+    return load_float16(halves, index, zero)
+
+
+@njit(error_model="numpy")
+def write_vector(zero, address, index, value, storage):
+    """Write a vector to an output, each number rounded once to its storage."""
+    halves = pointer(address, types.uint16(0))
+    if storage == NATIVE:
+        store(pointer(address, zero), index, value)
+    elif storage == BFLOAT16:
+        store_bfloat16(halves, index, value)
+    else:
+        store_float16(halves, index, value)
+
+
+@njit(error_model="numpy")
+def copy_stored(zero, storage, source, column, target, n):
+    """Copy n stored numbers, `column` elements apart, to the address of a row, bit for bit."""
+    if storage != NATIVE:
+        halves, to = pointer(source, types.uint16(0)), pointer(target, types.uint16(0))
+        for x in range(n):
+            to[x] = halves[x * column]
+    else:
+        numbers, out = pointer(source, zero), pointer(target, zero)
+        for x in range(n):
+            out[x] = numbers[x * column]
+
+
+@njit(error_model="numpy")
 def copy_rows(zero, address, storage, row, column, rows, columns, target, target_row):
     """Copy rows of an input into scratch, widened exactly.
 
@@ -56,17 +92,11 @@ def copy_rows(zero, address, storage, row, column, rows, columns, target, target
         target_row: elements from one of its rows to the next.
     """
     lanes = lane_count(zero)
-    native, halves = pointer(address, zero), pointer(address, types.uint16(0))
     for r in range(rows):
         source, to = r * row, r * target_row
         c = 0
         while column == 1 and c + lanes <= columns:
-            if storage == NATIVE:
-                store(target, to + c, load(native, source + c))
-            elif storage == BFLOAT16:
-                store(target, to + c, load_bfloat16(halves, source + c, zero))
-            else:
-                store(target, to + c, load_float16(halves, source + c, zero))
+            store(target, to + c, read_vector(zero, address, source + c, storage))
             c += lanes
         while c < columns:
             target[to + c] = read(zero, address, source + c * column, storage)

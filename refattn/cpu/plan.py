@@ -11,6 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
+from refattn.backends import Unsupported
+from refattn.checks import is_array
+
+NDArray = np.ndarray[Any, Any]
+"""A NumPy array of any dtype."""
+
 OPEN = 2**40
 """A side of the window without a bound, in tokens."""
 
@@ -98,6 +104,31 @@ class Rules(NamedTuple):
     """ALiBi's m; zeros where there is none."""
     sinks: Any
     """Logits that join the denominator; zeros where there is none."""
+
+
+def check_numpy(function: str, **arrays: Any) -> None:
+    """Refuse arrays of other libraries, whose memory the kernels cannot read.
+
+    Raises:
+        Unsupported: one is no NumPy array.
+    """
+    for name, array in arrays.items():
+        if is_array(array) and not isinstance(array, np.ndarray):
+            raise Unsupported(
+                f"{name} is a {type(array).__name__}, but the CPU kernels support NumPy arrays "
+                f"[{function}]"
+            )
+
+
+def whole_elements(array: NDArray) -> NDArray:
+    """Return an array as the kernels read it, copied only if its elements are odd.
+
+    Odd are another byte order, and elements that lie at no multiple of their size.
+    """
+    odd = any(s % array.itemsize for s in array.strides) or not array.flags.aligned
+    if odd or not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="), order="C")
+    return array
 
 
 def tensor(array: np.ndarray[Any, Any] | None) -> Tensor:

@@ -15,6 +15,7 @@ import numba
 import numpy as np
 
 from refattn.checks import check_counts
+from refattn.cpu.compiling import prepare
 
 _local = threading.local()
 _executors: dict[int, ThreadPoolExecutor] = {}
@@ -36,6 +37,24 @@ def thread_count(function: str, threads: int | None) -> int:
         return default_threads()
     check_counts(function, threads=threads)
     return int(threads)
+
+
+def share(
+    kernel: Any, room: int, dtype: np.dtype[Any], about: tuple[Any, ...], threads: int
+) -> None:
+    """Run a kernel over its list of work in several threads.
+
+    Args:
+        kernel: called as (zero, address of scratch, address of the shared counter, *about).
+        room: numbers of scratch a thread.
+        dtype: the computing format.
+        about: what else the kernel is told.
+        threads: how many.
+    """
+    zero, counter = dtype.type(0), np.zeros(1, np.int64)
+    claimed = counter.ctypes.data
+    prepare(kernel, zero, 0, claimed, *about)
+    run(lambda: kernel(zero, scratch(room, dtype), claimed, *about), threads)
 
 
 def run(work: Callable[[], Any], threads: int) -> None:

@@ -322,6 +322,43 @@ def _exchange(n: int, step: int) -> tuple[list[int], list[int]]:
     return low, high
 
 
+def _shuffled(order: Callable[[int], list[int]], sentence: str) -> Callable[..., Any]:
+    """Return the intrinsic of one order of the lanes of two vectors, those of b after those of a.
+
+    Args:
+        order: by the number of lanes n, the lane (0 to 2n - 1) that each of the result is.
+        sentence: what it does.
+    """
+
+    def declare(typing: Any, a: Any, b: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            places = ir.Constant(ir.VectorType(I32, a.lanes), order(a.lanes))
+            return builder.shuffle_vector(*args, places)
+
+        return a(a, a), emit
+
+    declare.__doc__ = sentence
+    function: Callable[..., Any] = intrinsic(declare)
+    return function
+
+
+def _zipped(first: int, n: int) -> list[int]:
+    """Return lanes first, first + 1, ... of a and of b in turn, n in all."""
+    return [first + i // 2 + n * (i % 2) for i in range(n)]
+
+
+even_lanes = _shuffled(
+    lambda n: list(range(0, 2 * n, 2)), "Return lanes 0, 2, 4, ... of a, then those of b."
+)
+odd_lanes = _shuffled(
+    lambda n: list(range(1, 2 * n, 2)), "Return lanes 1, 3, 5, ... of a, then those of b."
+)
+zip_low = _shuffled(lambda n: _zipped(0, n), "Return the lower halves of a and b, lanes in turn.")
+zip_high = _shuffled(
+    lambda n: _zipped(n // 2, n), "Return the upper halves of a and b, lanes in turn."
+)
+
+
 @intrinsic
 def claim(typing: Any, counter: Any) -> Any:
     """Return the number behind a pointer and leave it one larger, in one step for all threads."""
