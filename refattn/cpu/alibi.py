@@ -23,7 +23,7 @@ from refattn.cpu.simd import claim, lane_count, load, mul, pointer, splat
 PIECE = 2**15
 """Numbers of the bias that a thread writes at once, about."""
 
-SMALL = 2**18
+SMALL = 2**20
 """Numbers of the bias under which a second thread costs more than it brings."""
 
 

@@ -20,7 +20,6 @@ from refattn.cpu.plan import (
     NO_DISTANCE,
     NO_SOFTCAP,
     OPEN,
-    NDArray,
     Numbers,
     Plan,
     Rules,
@@ -32,6 +31,9 @@ from refattn.cpu.plan import (
 from refattn.grouped import group_size
 from refattn.options import AttentionOptions, check_arguments
 from refattn.tiles import default_scale
+
+NDArray = np.ndarray[Any, Any]
+"""A NumPy array of any dtype."""
 
 CLAIMED = {"empty_row": ("zero",), "masked": ("select",), "round_weights": (False,)}
 """The values that the kernels support of options which the reference takes more of."""
@@ -128,8 +130,8 @@ def run(kernel: Any, size: int, job: Job, more: tuple[NDArray, ...], threads: in
     """Run a kernel, with so much scratch a thread, over all work of a job."""
     plan = job.plan
     integers, reals = np.array(flatten(plan)), np.array(job.numbers, job.dtype)
-    products = plan.batch * plan.heads * plan.n_q * plan.n_k * (plan.d_k + plan.d_v)
     about = (integers, reals, *job.rules, *more)
+    products = plan.batch * plan.heads * plan.n_q * plan.n_k * (plan.d_k + plan.d_v)
     pool.share(kernel, size, job.dtype, about, threads if products > SMALL else 1)
 
 

@@ -9,10 +9,10 @@ import numpy as np
 from refattn.attention import AttentionResult
 from refattn.attention_backward import AttentionGradients, check_cotangents
 from refattn.cpu import pool
-from refattn.cpu.attention import Job, four_axes, plan_job, run, run_forward
+from refattn.cpu.attention import Job, NDArray, four_axes, plan_job, run, run_forward
 from refattn.cpu.gradients import Gradients
 from refattn.cpu.host import lanes
-from refattn.cpu.plan import NDArray, flatten, tensor
+from refattn.cpu.plan import flatten, tensor
 from refattn.cpu.products import ROW_STEP
 from refattn.options import AttentionOptions
 

@@ -113,7 +113,7 @@ def check_numpy(function: str, **arrays: Any) -> None:
         Unsupported: one is no NumPy array.
     """
     for name, array in arrays.items():
-        if is_array(array) and not isinstance(array, np.ndarray):
+        if not isinstance(array, np.ndarray) and is_array(array):
             raise Unsupported(
                 f"{name} is a {type(array).__name__}, but the CPU kernels support NumPy arrays "
                 f"[{function}]"
