@@ -30,9 +30,11 @@ BACKENDS = ("numpy", "numpy-tiled", "numba", "numba-cuda", "cupy")
 
 ABSENT = {
     "numba-cuda": "not part of this release",
-    "cupy": "not part of this release",
 }
 """Why a backend cannot be loaded anywhere."""
+
+GPU = {"cupy": "refattn_gpu.cupy_text"}
+"""Backends of the GPU package, by the module that has `absent()` and `run(...)`."""
 
 OPS = (
     "attention",
@@ -53,6 +55,8 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     "numpy": OPS,
     "numpy-tiled": ("attention",),
     "numba": ("attention", "rope", "alibi"),
+    # what is counted or drawn on the host says nothing of a device
+    "cupy": tuple(op for op in OPS if op not in ("traffic", "keep_mask")),
 }
 """Operations that each backend of this release claims, some of them not under every option."""
 
@@ -74,6 +78,9 @@ UNSTATED = {
     ("numba", "attention"): MATRIX_TEXT,
     ("numba", "rope"): TABLE_TEXT,
     ("numba", "alibi"): SLOPE_TEXT,
+    ("cupy", "attention"): TILED_TEXT,
+    ("cupy", "rope"): TABLE_TEXT,
+    ("cupy", "alibi"): SLOPE_TEXT,
 }
 """Clauses whose vectors a backend may run, but of which its run proves nothing."""
 
@@ -110,6 +117,8 @@ def load(name: str) -> Backend:
     if name == "numba" and importlib.util.find_spec("numba") is None:
         remedy = 'numba is not installed: pip install "refattn[cpu]"'
         raise BackendAbsent(f"backend {name} is absent: {remedy}")
+    if name in GPU:
+        return _load_gpu(name)
     ops = _OPS[name]
 
     def run(
@@ -118,6 +127,26 @@ def load(name: str) -> Backend:
         return _run(name, ops, op, inputs, {**parameters, **conventions}, dtype)
 
     return Backend(name, FLOATS, run)
+
+
+def _load_gpu(name: str) -> Backend:
+    """Return a backend of the GPU package, which is imported here and by name only."""
+    try:
+        module = importlib.import_module(GPU[name])
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "refattn_gpu":
+            raise
+        raise BackendAbsent(
+            f"backend {name} is absent: refattn_gpu is not installed: pip install refattn"
+        ) from None
+    if why := module.absent():
+        raise BackendAbsent(f"backend {name} is absent: {why}")
+    return Backend(name, FLOATS, module.run)
+
+
+def reference_op(name: str) -> Op:
+    """Return how the reference is called for an operation, on arrays of any library."""
+    return _OPS["numpy"][name]
 
 
 def stated(name: str, op: str, clauses: Iterable[str]) -> tuple[str, ...]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
-from optional import required
+from optional import lacking, required
 from refattn import backends
 from refattn.spec_text import load_clauses
 
@@ -26,8 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if unknown:
         raise pytest.UsageError(f"--clause {unknown[0]}: spec/clauses.toml has no such clause")
     for name in required():
-        if importlib.util.find_spec(name) is None:
-            raise pytest.UsageError(f"REFATTN_REQUIRE names {name}, which is not installed here")
+        if why := lacking(name):
+            raise pytest.UsageError(f"REFATTN_REQUIRE names {name}, but: {why}")
 
 
 def pytest_report_header() -> list[str]:

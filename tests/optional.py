@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import warnings
 from types import ModuleType
 
 import pytest
+
+PRESENCE = {
+    "cuda": ("refattn_gpu.device", "no_device"),
+    "cupy": ("refattn_gpu.cupy_text", "absent"),
+    "ptxas": ("refattn_gpu.ptx", "no_ptxas"),
+}
+"""Names that ask for more than a package: a device for Numba, one for CuPy, NVIDIA's assembler."""
 
 
 def required() -> tuple[str, ...]:
@@ -25,3 +33,24 @@ def require(name: str) -> ModuleType:
         if name.partition(".")[0] in required():
             pytest.fail(f"{name} is required by REFATTN_REQUIRE, but: {absent}", pytrace=False)
         pytest.skip(f"{name} is absent: {absent}", allow_module_level=True)
+
+
+def require_device(name: str, why: str) -> None:
+    """Skip where what `name` stands for is absent, or fail if `REFATTN_REQUIRE` names it.
+
+    Args:
+        name: a name of `PRESENCE`.
+        why: why it is absent; an empty string if it is there.
+    """
+    if why and name in required():
+        pytest.fail(f"{name} is required by REFATTN_REQUIRE, but: {why}", pytrace=False)
+    if why:
+        pytest.skip(f"{name} is absent: {why}")
+
+
+def lacking(name: str) -> str:
+    """Return why a name of `REFATTN_REQUIRE` is absent; an empty string if it is there."""
+    if name in PRESENCE:
+        module, function = PRESENCE[name]
+        return str(getattr(importlib.import_module(module), function)())
+    return "" if importlib.util.find_spec(name) else "it is not installed here"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import refattn
+import refattn_gpu
 
 PACKAGE = Path(refattn.__file__).parent
 
@@ -27,6 +30,8 @@ ROOMS = frozenset().union(*FLOORS) - {"clause files"}
 
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
+
+GPU = Path(refattn_gpu.__file__).parent
 
 
 def _dotted(path: Path) -> str:
@@ -99,3 +104,34 @@ def test_the_gpu_package_is_imported_by_name_in_one_place(path: Path) -> None:
     assert not any(name.split(".")[0] == "refattn_gpu" for name in _imports(path))
     if _dotted(path) != "refattn.backends":
         assert "refattn_gpu" not in path.read_text("utf-8")
+
+
+ONE_DOOR = {"numba": "device.py", "numba_cuda": "device.py"}
+"""Packages that only one module of the GPU package may import: the first may end its days."""
+
+
+@pytest.mark.parametrize(
+    "path", sorted(GPU.rglob("*.py")), ids=lambda path: str(path.relative_to(GPU))
+)
+def test_numba_enters_the_gpu_package_by_one_door(path: Path) -> None:
+    place = str(path.relative_to(GPU))
+    for name in imported(path.read_text("utf-8"), f"refattn_gpu.{path.stem}"):
+        assert ONE_DOOR.get(name.split(".")[0], place) == place
+
+
+WITHOUT = """
+import sys
+for name in ("numba", "numba_cuda", "cupy", "cuda", "torch", "llvmlite"):
+    sys.modules[name] = None  # an import of it fails
+sys.path[:0] = {paths!r}
+import refattn_gpu
+print("imported")
+"""
+"""A program on a machine that has nothing for a GPU."""
+
+
+def test_the_gpu_package_can_be_imported_where_there_is_nothing_for_a_gpu() -> None:
+    paths = [str(PACKAGE.parent), str(GPU.parent)]
+    command = [sys.executable, "-c", WITHOUT.format(paths=paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("imported\n", "")

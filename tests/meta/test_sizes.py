@@ -9,9 +9,10 @@ from statistics import median
 import pytest
 
 import refattn
+import refattn_gpu
 
-PACKAGE = Path(refattn.__file__).parent
-MODULES = sorted(PACKAGE.rglob("*.py"))
+PACKAGES = [Path(package.__file__).parent for package in (refattn, refattn_gpu)]
+MODULES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
 
 MODULE_LIMIT = 400
 """Lines of the longest module."""
@@ -39,7 +40,7 @@ def test_a_body_is_counted_without_its_docstring() -> None:
     assert bodies(source) == {"f (line 1)": 3}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_no_module_or_body_is_too_long(path: Path) -> None:
     source = path.read_text("utf-8")
     assert len(source.splitlines()) <= MODULE_LIMIT
