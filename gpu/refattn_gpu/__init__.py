@@ -1,4 +1,4 @@
-"""Attention on NVIDIA GPUs: readable kernels, the reference text on the device, and their proof.
+"""Attention on NVIDIA GPUs: readable kernels in Numba-CUDA, and the reference text on CuPy.
 
-Importing this package needs neither CUDA nor Numba; what does says so at its first use.
+Importing this package needs neither CUDA nor Numba; what is missing is named on first use.
 """
