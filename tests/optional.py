@@ -10,12 +10,25 @@ from types import ModuleType
 
 import pytest
 
-PRESENCE = {
-    "cuda": ("refattn_gpu.device", "no_device"),
-    "cupy": ("refattn_gpu.cupy_text", "absent"),
-    "ptxas": ("refattn_gpu.ptx", "no_ptxas"),
-}
-"""Names that ask for more than a package: a device for Numba, one for CuPy, NVIDIA's assembler."""
+
+def _no_cuda() -> str:
+    state = importlib.import_module("refattn_gpu.device").STATE
+    return "" if state.kind == "device" else str(state.reason)
+
+
+def _no_cupy() -> str:
+    return str(importlib.import_module("refattn_gpu.cupy_text").absent())
+
+
+def _no_ptxas() -> str:
+    return str(importlib.import_module("refattn_gpu.ptx").no_ptxas())
+
+
+PRESENCE = {"cuda": _no_cuda, "cupy": _no_cupy, "ptxas": _no_ptxas}
+"""Names that ask for more than a package: a device for Numba, one for CuPy, NVIDIA's assembler.
+
+Each tells why it is absent; an empty string if it is there.
+"""
 
 
 def required() -> tuple[str, ...]:
@@ -51,6 +64,5 @@ def require_device(name: str, why: str) -> None:
 def lacking(name: str) -> str:
     """Return why a name of `REFATTN_REQUIRE` is absent; an empty string if it is there."""
     if name in PRESENCE:
-        module, function = PRESENCE[name]
-        return str(getattr(importlib.import_module(module), function)())
+        return PRESENCE[name]()
     return "" if importlib.util.find_spec(name) else "it is not installed here"
