@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple, Unpack
 
@@ -16,6 +15,7 @@ from refattn.options import AttentionOptions
 from refattn_gpu import device
 from refattn_gpu.numba_cuda.problem import Problem, problem_of
 from refattn_gpu.numba_cuda.records import Results
+from refattn_gpu.numba_cuda.shapes import features_for, row_shape, tile_shape
 
 FORMS = ("tiles", "rows")
 """Register tiles, the faster; or one thread a query row, the listing made visible."""
@@ -84,23 +84,23 @@ class Kernel(NamedTuple):
     """A kernel that can be launched: rows of a block's tile, threads of a block."""
 
     run: Any
-    text: Callable[..., None]
     rows: int
     threads: int
 
 
 def forward_kernel(form: str, dtype: str, d: int) -> Kernel:
     """Return the kernel of a form and a format for heads of at most d features."""
-    from refattn_gpu.numba_cuda.shapes import features_for
-
-    return _forward_kernel(form, dtype, features_for(d), device.SIMULATED)
+    return _forward_kernel(form, dtype, d if device.SIMULATED else features_for(d))
 
 
 @cache
-def _forward_kernel(form: str, dtype: str, d: int, simulated: bool) -> Kernel:
-    from refattn_gpu.numba_cuda import rows, shapes
+def _forward_kernel(form: str, dtype: str, d: int) -> Kernel:
+    from refattn_gpu.numba_cuda.rows import attention_rows
+    from refattn_gpu.numba_cuda.tiles import attention_tiles
 
-    real = np.dtype(dtype).type
-    shape = shapes.row_shape(d, np.dtype(dtype).itemsize, simulated)
-    text = rows.attention_rows(real, shape)
-    return Kernel(device.kernel(text), text, shape.rows, shape.rows)
+    real, simulated = np.dtype(dtype).type, device.SIMULATED
+    tile = tile_shape(d, dtype, simulated) if form == "tiles" else None
+    if tile is not None:
+        return Kernel(device.kernel(attention_tiles(real, tile)), tile.rows, tile.threads)
+    row = row_shape(d, real(0).itemsize, simulated)
+    return Kernel(device.kernel(attention_rows(real, row)), row.rows, row.rows)

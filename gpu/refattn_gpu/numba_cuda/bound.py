@@ -25,15 +25,6 @@ def entry(array, b, h, i, j):
     ]
 
 
-@leaf
-def load_rows(tile, source, b, h, first, rows, thread, threads):
-    """Copy rows of one head into a tile of shared memory, each thread its share of the numbers."""
-    d = source.shape[3]
-    for place in range(thread, rows * d, threads):
-        row, column = place // d, place % d
-        tile[row, column] = source[b, h, first + row, column]
-
-
 def cell_rules(real: Any) -> SimpleNamespace:
     """Return the rules of a cell for kernels that compute in a format.
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refattn_gpu.numba_cuda import records, rows, shapes
+from refattn_gpu.numba_cuda import records, rows, shapes, tiles
 
 DTYPES = ("float32", "float64")
 """Formats that kernels compute in."""
@@ -40,9 +40,13 @@ def _all() -> Iterator[Entry]:
         reads = _signature(dtype, records.Operands, records.Band, records.Terms)
         writes = _signature(dtype, records.Results)
         for features in shapes.FEATURES:
-            row = shapes.row_shape(features, np.dtype(dtype).itemsize, simulated=False)
+            row = shapes.row_shape(features, np.dtype(dtype).itemsize)
             text = rows.attention_rows(real, row)
             yield Entry("forward_rows", dtype, features, text, writes + reads, row.rows)
+            tile = shapes.tile_shape(features, dtype)
+            if tile is not None:
+                text = tiles.attention_tiles(real, tile)
+                yield Entry("forward_tiles", dtype, features, text, writes + reads, tile.threads)
 
 
 def _signature(dtype: str, *kinds: type[tuple[Any, ...]]) -> tuple[Any, ...]:

@@ -13,7 +13,8 @@ import math
 from typing import Any
 
 from refattn_gpu.device import cuda
-from refattn_gpu.numba_cuda.bound import cell_rules, key_head, load_rows, reach, rescale
+from refattn_gpu.numba_cuda.bound import cell_rules, key_head, reach, rescale
+from refattn_gpu.numba_cuda.loading import tile_loads
 from refattn_gpu.numba_cuda.shapes import RowShape
 
 
@@ -33,6 +34,7 @@ def attention_rows(real: Any, shape: RowShape) -> Any:
     B_r, B_c, features = shape  # line 1
     cell = cell_rules(real)
     allowed, logit, dropped = cell.allowed, cell.logit, cell.dropped
+    load_rows = tile_loads(real, B_r, features).load_rows
     lowest, zero = real(-math.inf), real(0)
 
     def forward_rows(results, operands, band, terms):
@@ -66,8 +68,8 @@ def attention_rows(real: Any, shape: RowShape) -> Any:
         for j_first in range(low // B_c * B_c, high, B_c):  # line 5
             keys = min(B_c, n_k - j_first)
             cuda.syncthreads()  # until every row is done with the tile before
-            load_rows(K_j, operands.key, b, g, j_first, keys, thread, B_r)  # line 6
-            load_rows(V_j, operands.value, b, g, j_first, keys, thread, B_r)
+            load_rows(K_j, operands.key, b, g, j_first, keys, B_c, thread)  # line 6
+            load_rows(V_j, operands.value, b, g, j_first, keys, B_c, thread)
             cuda.syncthreads()  # until the tile is whole
             if i < n_q:
                 m_tilde_ij = lowest
