@@ -1,0 +1,26 @@
+"""What `python -m refattn_gpu.measure` does on a GPU, a stage a module, each on its own."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Stage(NamedTuple):
+    """One stage of a measurement."""
+
+    name: str
+    """Also its module, which has `run(ground, put)`."""
+    limit: int
+    """Seconds after which it is ended; what it had found by then is kept."""
+    says: str
+    """What it finds out."""
+
+
+STAGES = (
+    Stage("conformance", 180, "every certified vector, on both backends, in every dtype"),
+    Stage("determinism", 60, "the same bits in a hundred runs and whatever shares the batch"),
+    Stage("memory", 60, "device memory beside inputs and outputs, against the number of keys"),
+    Stage("timing", 180, "beside torch's attention and standard attention, turn by turn"),
+    Stage("sanitizer", 100, "compute-sanitizer's memcheck and racecheck on small shapes"),
+)
+"""In the order in which they run; together they end within ten minutes."""

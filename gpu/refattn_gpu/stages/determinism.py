@@ -1,0 +1,69 @@
+"""The same bits in every run, and for an item of a batch whatever the other items are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from refattn_gpu import numba_cuda
+from refattn_gpu.numba_cuda.attention import FORMS
+from refattn_gpu.stages.ground import Ground, Put, drawn
+
+RUNS = 100
+"""Runs that are compared."""
+
+BATCHES = (2, 5, 16)
+"""Sizes of batches in which the first item must stay what it was alone."""
+
+SHAPE = (3, 211, 96)
+"""Heads, rows and features: primes, and a tile that ends within them."""
+
+SIMULATED = (2, (2, 3), (1, 13, 8))
+"""Runs, batches and shape of the simulation."""
+
+
+def run(on: Ground, put: Put) -> None:
+    """Report by format, form and pass how many different results there were: 1 is right."""
+    runs, batches, shape = SIMULATED if on.simulated else (RUNS, BATCHES, SHAPE)
+    for dtype in ("float32", "float64"):
+        for form in FORMS:
+            for name, call in _passes(form).items():
+                alone = drawn(on, dtype, *[(1, *shape)] * 4)
+                bits = {_bits(on, call(*alone)) for _ in range(runs)}
+                moved = [n for n in batches if _bits(on, _first(on, call, alone, n)) not in bits]
+                put(
+                    f"{name} {form} {dtype}",
+                    {"runs": runs, "results": len(bits), "batches": batches, "moved_by": moved},
+                )
+
+
+def _passes(form: str) -> dict[str, Callable[..., tuple[Any, ...]]]:
+    """Return forward and backward as functions of query, key, value and the output's gradient."""
+
+    def forward(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:
+        return tuple(numba_cuda.attention(query, key, value, form=form, causal=True))
+
+    def backward(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:
+        options = {"form": form, "causal": True}
+        gradients = numba_cuda.attention_backward(d_output, query, key, value, **options)
+        return tuple(x for x in gradients if x is not None)
+
+    return {"forward": forward, "backward": backward}
+
+
+def _bits(on: Ground, arrays: tuple[Any, ...]) -> str:
+    """Return a hash of arrays, bit by bit."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(on.asnumpy(array).tobytes())
+    return digest.hexdigest()
+
+
+def _first(
+    on: Ground, call: Callable[..., tuple[Any, ...]], alone: list[Any], batch: int
+) -> tuple[Any, ...]:
+    """Return the results of the first item of a batch whose others are drawn anew."""
+    others = drawn(on, alone[0].dtype.name, *[(batch - 1, *a.shape[1:]) for a in alone], seed=batch)
+    whole = [on.xp.concatenate(pair) for pair in zip(alone, others, strict=True)]
+    return tuple(result[:1] for result in call(*whole))

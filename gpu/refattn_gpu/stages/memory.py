@@ -1,0 +1,52 @@
+"""Device memory against the number of keys: linear, where standard attention's is a product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from refattn_gpu import numba_cuda
+from refattn_gpu.stages.ground import Ground, Put, drawn
+from refattn_gpu.stages.standard import standard_attention
+
+KEYS = (1024, 4096, 16384, 65536, 131072)
+"""Lengths of key and value."""
+
+QUERIES = 1024
+"""Query rows at every length."""
+
+HEADS, FEATURES = 4, 64
+"""Of the problem, float32."""
+
+LARGEST_STANDARD = 16384
+"""Keys up to which the matrices of standard attention are formed."""
+
+SIMULATED = ((16, 32), 8, 1, 8)
+"""Keys, queries, heads and features of the simulation."""
+
+
+def run(on: Ground, put: Put) -> None:
+    """Report bytes taken during a call, what it returns included, by pass and length."""
+    lengths, queries, heads, features = (
+        SIMULATED if on.simulated else (KEYS, QUERIES, HEADS, FEATURES)
+    )
+    for n in lengths:
+        row, column = (1, heads, queries, features), (1, heads, n, features)
+        arrays = drawn(on, "float32", row, column, column, row)
+        inputs = sum(array.nbytes for array in arrays)
+        for name, call in _calls(on, arrays, n).items():
+            if n == lengths[0]:
+                call()  # what is compiled and loaded once is not counted
+            taken = on.extra_bytes(call)
+            put(f"{name} {n}", {"keys": n, "queries": queries, "inputs": inputs, "taken": taken})
+
+
+def _calls(on: Ground, arrays: list[Any], n: int) -> dict[str, Callable[[], Any]]:
+    query, key, value, d_output = arrays
+    calls: dict[str, Callable[[], Any]] = {
+        "forward": lambda: numba_cuda.attention(query, key, value),
+        "backward": lambda: numba_cuda.attention_backward(d_output, query, key, value),
+    }
+    if n <= LARGEST_STANDARD:
+        calls["standard forward"] = lambda: standard_attention(on.xp, query, key, value)
+    return calls
