@@ -99,13 +99,28 @@ def test_what_forms_every_pair_is_refused_at_16384_tokens_without_forming_it():
         subjects.prepare("numpy", drawn)
 
 
-def test_turns_are_as_many_for_each_subject_and_one_follows_the_other():
+def test_turns_follow_each_other_and_the_slow_have_only_the_first():
     order = []
-    calls = {name: timing.Ready(lambda n=name: order.append(n), 1.0, (0, 0)) for name in "ab"}
-    found = timing.turns(calls, 0.0)
-    assert len(found["a"]) == len(found["b"]) == timing.LEAST_TURNS
-    changes = [x for x, y in zip(order, [None, *order], strict=False) if x != y]
-    assert changes == ["a", "b"] * timing.LEAST_TURNS
+
+    def ready(name, seconds):
+        return timing.Ready(lambda: (order.append(name), time.sleep(seconds)), 1.0, (0, 0))
+
+    found = timing.turns({"a": ready("a", 0.02), "b": ready("b", 0.2), "c": ready("c", 0.02)}, 0.0)
+    assert {name: len(times) for name, times in found.items()} == {
+        "a": timing.LEAST_TURNS,
+        "b": timing.ALL_TURNS,
+        "c": timing.LEAST_TURNS,
+    }
+    rest = timing.LEAST_TURNS - timing.ALL_TURNS
+    assert order == list("abc") * timing.ALL_TURNS + list("ac") * rest
+
+
+def test_ours_is_timed_to_the_end_even_if_it_is_slow():
+    assert timing.contenders({"numba": [9.0], "torch": [1.0, 1.1], "jax": [3.0]}) == [
+        "numba",
+        "torch",
+    ]
+    assert timing.contenders({}) == []
 
 
 def test_a_subject_waits_until_the_threads_of_the_last_one_sleep():
@@ -187,6 +202,24 @@ def test_rows_are_shown_when_they_are_known_and_kept_when_the_user_interrupts(mo
     )  # fmt: skip
     assert seen == [0, 2]
     assert data["complete"] is False and len(data["rows"]) == 2 and len(data["todo"]) == 2
+
+
+def test_an_interrupted_command_says_how_far_it_came_and_ends_with_130(monkeypatch, capsys):
+    import refattn.bench as room
+
+    timed, done = room.time_problem, []
+
+    def interrupted(*arguments, **options):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return timed(*arguments, **options)
+
+    monkeypatch.setattr(room, "time_problem", interrupted)
+    assert main([*QUICK, "--shape", SMALL]) == 130
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "interrupted: 1 of 2 shapes were timed"
+    assert out.count(f"{SMALL}  full  numpy") == 2  # its row and the summary's
 
 
 def test_gradients_are_timed_beside_those_that_have_them(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from refattn.errors import RefattnError
 MASKS = ("full", "causal")
 """Masks that are timed."""
 
-SECONDS, LEAST_SECONDS, BUDGET = 4.0, 1.0, 90.0
+SECONDS, LEAST_SECONDS, BUDGET = 4.0, 1.0, 60.0
 """Seconds a shape and mask, unless they are given: the first, or less where many shapes would take
 more than the budget together. First calls, and turns of seconds each, come on top."""
 
@@ -84,6 +85,7 @@ def bench(
     names, count = chosen(peers), thread_count(threads)
     run = Conditions(names, backward, dtype, count, seconds, limit, memory)
     machine.limit_threads(run.threads)
+    start = time.perf_counter()
     data: dict[str, Any] = {
         "processor": machine.processor(),
         "threads": run.threads,
@@ -96,6 +98,7 @@ def bench(
         "memory": memory,
         "todo": [(str(shape), mask) for shape, mask in todo],
         "complete": False,
+        "elapsed": 0.0,
         "rows": [],
         "fastest": [],
     }
@@ -107,6 +110,7 @@ def bench(
             data["rows"] += rows
             data["fastest"] += fastest_peer(rows)
             _look_at_machine(data, 0.1)
+            data["elapsed"] = time.perf_counter() - start
             show(data)
         data["complete"] = True
     except KeyboardInterrupt:

@@ -30,7 +30,7 @@ SIDE, DIGIT, MARGIN = 3.4, 0.075, 1.6
 """Widths, inches: of a panel, of a digit of the shapes' names at its left, and of the ratios at its
 right."""
 
-HEAD, LINE, FOOT = 1.15, 0.19, 0.5
+HEAD, LINE, FOOT = 1.05, 0.19, 0.5
 """Heights, inches: of the title and a panel's, of a line of the legend, and below the bars."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -21,8 +22,11 @@ SLICE = 0.05
 LONG = 0.5
 """Seconds of a peer's call that stand for those of the next one."""
 
-LEAST_TURNS = 3
-"""Turns that are taken even if the time is over."""
+ALL_TURNS, LEAST_TURNS = 3, 6
+"""Turns, even if the time is over: of every subject, and of those that are about as fast as any."""
+
+CONTENDER = 2.0
+"""Times the shortest time that is still about as fast."""
 
 
 class Row(NamedTuple):
@@ -62,7 +66,7 @@ def sample(call: Call, repeats: int) -> float:
 
 
 def turns(calls: Mapping[str, Ready], seconds: float) -> dict[str, list[float]]:
-    """Return samples of every subject, taken in turn."""
+    """Return samples of every subject, taken in turn; the slow ones have the first turns alone."""
     repeats = {}
     for name, ready in calls.items():
         # a first call is slower than those that follow, the more so where it compiles a kernel
@@ -70,11 +74,22 @@ def turns(calls: Mapping[str, Ready], seconds: float) -> dict[str, list[float]]:
         once = ready.first if long else sample(ready.call, 1)
         repeats[name] = max(1, math.ceil(SLICE / max(once, 1e-9)))
     found: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while calls and (time.perf_counter() < end or len(next(iter(found.values()))) < LEAST_TURNS):
-        for name, ready in calls.items():
-            found[name].append(sample(ready.call, repeats[name]))
+    end, names = time.perf_counter() + seconds, list(calls)
+    for turn in itertools.count():
+        if time.perf_counter() >= end and turn >= ALL_TURNS:
+            names = contenders(found)
+        if not names or (time.perf_counter() >= end and turn >= LEAST_TURNS):
+            return found
+        for name in names:
+            found[name].append(sample(calls[name].call, repeats[name]))
     return found
+
+
+def contenders(found: Mapping[str, list[float]]) -> list[str]:
+    """Return ours and the subjects whose time is near the shortest."""
+    middle = {name: statistics.median(times) for name, times in found.items()}
+    limit = CONTENDER * min(middle.values(), default=0.0)
+    return [name for name in found if name == OURS or middle[name] <= limit]
 
 
 def call_first(name: str, problem: Problem, limit: float) -> Ready:
@@ -128,6 +143,6 @@ def _beside(times: list[float], ours: list[float] | None) -> tuple[float, tuple[
     """Return the median and the quartiles of the ratio to our times of the same turns."""
     if ours is None:
         return math.nan, (math.nan, math.nan)
-    ratios = np.array(times) / np.array(ours)
+    ratios = np.array(times) / np.array(ours[: len(times)])
     low, middle, high = (float(x) for x in np.quantile(ratios, [0.25, 0.5, 0.75]))
     return middle, (low, high)

@@ -127,7 +127,7 @@ def _print_end(data: dict[str, Any]) -> None:
         print()
         head = ("shape", "mask", "fastest peer", "time/ours", "spread", "turns")
         print_table(head, [_summary(row) for row in data["fastest"]])
-    print(f"in the whole run: {_speeds(data)}")
+    print(f"in the whole run, {data['elapsed']:.0f} s: {_speeds(data)}")
     if data["memory"]:
         print("extra MiB: growth of a fresh process at the peak of a first call, less its result")
     if not data["complete"]:
@@ -150,7 +150,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     low, high = row["spread"] or (float("nan"),) * 2
     return (
         *about,
-        f"{row['seconds'] * 1e3:.3g}",
+        f"{row['seconds'] * 1e3:#.3g}" if row["seconds"] < 1 else f"{row['seconds'] * 1e3:.0f}",
         f"{row['gflops']:.0f}",
         f"{row['peak_share']:.0%}",
         "–" if row["ratio"] is None else f"{row['ratio']:.2f}",
