@@ -21,7 +21,7 @@ from refattn.errors import RefattnError
 MASKS = ("full", "causal")
 """Masks that are timed."""
 
-SECONDS, LEAST_SECONDS, BUDGET = 4.0, 1.0, 60.0
+SECONDS, LEAST_SECONDS, BUDGET = 4.0, 1.0, 75.0
 """Seconds a shape and mask, unless they are given: the first, or less where many shapes would take
 more than the budget together. First calls, and turns of seconds each, come on top."""
 

@@ -148,9 +148,10 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     if row["seconds"] is None:
         return (*about, f"not run: {row['note']}")
     low, high = row["spread"] or (float("nan"),) * 2
+    ms = row["seconds"] * 1e3
     return (
         *about,
-        f"{row['seconds'] * 1e3:#.3g}" if row["seconds"] < 1 else f"{row['seconds'] * 1e3:.0f}",
+        f"{ms:.0f}" if ms > 100 else f"{ms:.3g}",
         f"{row['gflops']:.0f}",
         f"{row['peak_share']:.0%}",
         "–" if row["ratio"] is None else f"{row['ratio']:.2f}",
