@@ -36,6 +36,7 @@ EXTRAS = {
     "onnx": "export",
     "numba": "cpu",
     "llvmlite": "cpu",
+    "matplotlib": "plot",
     "torch": "peers",
     "onnxruntime": "peers",
     "jax": "peers",

@@ -65,10 +65,17 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "")
     lines = [tuple(head), *(tuple(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = [title] if title else []
-    for line in lines:
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        text.append("  ".join(cells).rstrip())
-    return "\n".join(text)
+    return "\n".join([*text, *(spaced(line, widths) for line in lines)])
+
+
+def spaced(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Return one line of a table; the last cell may be wider than its column."""
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip()  # noqa: B905
+
+
+def print_line(cells: Sequence[str], widths: Sequence[int]) -> None:
+    """Print one line of a table whose other lines are not known yet, at once."""
+    print(spaced(cells, widths), flush=True)
 
 
 def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:

@@ -11,7 +11,7 @@ from refattn.cpu.host import VECTORS
 from refattn.cpu.online import finite_rows
 from refattn.cpu.panel import up
 from refattn.cpu.products import ROW_STEP
-from refattn.cpu.simd import advance, lane_count, pointer
+from refattn.cpu.simd import advance, fma, lane_count, load, pointer, splat, sum_lanes
 
 
 class Queries(NamedTuple):
@@ -71,6 +71,20 @@ def load_both_ways(zero, t, storage, b, h, i, rows, d, w, transposed, flat, buff
 
 
 @njit(error_model="numpy")
+def dot(zero, a, b, n):
+    """Return the sum of products of n numbers: whole vectors first, then the rest one by one."""
+    lanes, total, rest = lane_count(zero), splat(zero), zero
+    x = 0
+    while x + lanes <= n:
+        total = fma(load(a, x), load(b, x), total)
+        x += lanes
+    while x < n:
+        rest += a[x] * b[x]
+        x += 1
+    return sum_lanes(total) + rest
+
+
+@njit(error_model="numpy")
 def begin_queries(zero, plan, numbers, grads, b, h, i, rows, queries, buffer):
     """Load a panel of queries and of output gradients, and what their weights are made from.
 
@@ -99,9 +113,7 @@ def begin_queries(zero, plan, numbers, grads, b, h, i, rows, queries, buffer):
     O = pointer(plan.output.address, zero)
     for r in range(rows):
         at = (b * plan.heads + h) * plan.n_q + i + r
-        D = zero
-        for x in range(plan.d_v):
-            D += G_rows[r * d_v + x] * O[at * plan.d_v + x]
+        D = dot(zero, advance(G_rows, r * d_v), advance(O, at * plan.d_v), plan.d_v)
         if grads.d_logsumexp != 0:
             D -= pointer(grads.d_logsumexp, zero)[at]
         dots[at] = queries.D[r] = D

@@ -7,7 +7,7 @@ from refattn.cpu.host import HOST, VECTORS
 MOST_PANELS = 8
 """Panels of queries that share each tile of keys and values, at most."""
 
-PANELS_BYTES = 2**18
+PANELS_BYTES = 2**19
 """Bytes of the panels of a block, if there are more than two: they stay in a second-level cache."""
 
 BLOCKS = 16

@@ -20,7 +20,7 @@ FLOORS = (
     {"clause files"},
     {"backends", "bounds", "cpu", "judge", "certify", "dialects"},
     {"vectors"},
-    {"audit", "bench", "bench_subjects", "check", "coverage"},
+    {"audit", "bench", "check", "coverage"},
     {"cli", "__main__"},
 )
 """Rooms by floor, lowest first; a module imports from its own floor or from lower ones."""
