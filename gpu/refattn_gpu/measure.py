@@ -114,10 +114,27 @@ def _measure(asked: argparse.Namespace) -> int:
         if asked.only and stage.name not in asked.only:
             continue
         result = _run_stage(stage.name, asked.limit or stage.limit, asked, whole, out)
-        failed += result["status"] != "done"
-        print(f"{stage.name}: {result['status']} after {result['seconds']} s {result['reason']}")
+        wrong = complaints(result)
+        failed += bool(wrong)
+        print(f"{stage.name}: {result['status']} after {result['seconds']} s")
+        print("".join(f"  {line}\n" for line in wrong), end="")
     print(f"wrote {out}")
     return 1 if failed else 0
+
+
+def complaints(result: dict[str, Any]) -> list[str]:
+    """Return what is wrong with a stage: that it did not end, or what it found."""
+    lines = [f"{result['status']}: {result['reason']}"] if result["status"] != "done" else []
+    for name, value in result["results"].items():
+        if name.startswith("finding "):
+            lines.append(f"{name}: {value}")
+        elif isinstance(value, dict) and "error" in value:
+            lines.append(f"{name}: {value['error']}")
+        elif isinstance(value, dict) and not value.get("ok", True):
+            lines.append(f"{name}: {value['summary']}")
+        elif isinstance(value, dict) and (value.get("results", 1) != 1 or value.get("moved")):
+            lines.append(f"{name}: {value['results']} results, moved by batches {value['moved']}")
+    return lines
 
 
 def _run_stage(
@@ -128,8 +145,7 @@ def _run_stage(
 
     with tempfile.TemporaryDirectory() as folder:
         path, said = Path(folder) / "journal", Path(folder) / "stderr"
-        command = [sys.executable, "-m", "refattn_gpu.measure", "--stage", name]
-        command += ["--journal", str(path), *["--simulate"] * asked.simulate]
+        command = command_of(name, path, asked.simulate)
         begin = time.monotonic()
         result: dict[str, Any] = {"status": "running", "seconds": 0.0, "reason": "", "results": {}}
         whole["stages"][name] = result
@@ -148,6 +164,12 @@ def _run_stage(
             result["reason"] = lines[-1][:300] if lines and status == "failed" else f"{limit:g} s"
         _renew(result, read_journal(path), begin, whole, out)
     return result
+
+
+def command_of(name: str, path: Path, simulate: bool) -> list[str]:
+    """Return the command that runs one stage."""
+    command = [sys.executable, "-m", "refattn_gpu.measure", "--stage", name]
+    return [*command, "--journal", str(path), *["--simulate"] * simulate]
 
 
 def _status(process: subprocess.Popen[bytes], deadline: float) -> str:
@@ -179,16 +201,21 @@ def _renew(
     result.update(seconds=round(time.monotonic() - begin, 1), results=results)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(".part")
-    part.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
+    part.write_text(as_text(whole), "utf-8")
     part.replace(out)
+
+
+def as_text(whole: dict[str, Any]) -> str:
+    """Return a file's text: JSON with an entry a line, and innermost lists on one."""
+    text = json.dumps(whole, indent=1)
+    return re.sub(r"\[[^\[\]{}\"]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 def _environment(asked: argparse.Namespace) -> dict[str, str]:
     """Return the environment of a stage."""
-    import refattn
-    import refattn_gpu
+    from refattn import errors
 
-    paths = [str(Path(package.__file__).parents[1]) for package in (refattn, refattn_gpu)]
+    paths = [str(Path(file).parents[1]) for file in (errors.__file__, __file__)]
     vendored = [str(asked.vendor.resolve())] if asked.vendor else []
     before = [path for path in [os.environ.get("PYTHONPATH", "")] if path]
     return os.environ | {

@@ -84,6 +84,14 @@ def _simulation() -> Ground:
     return Ground(True, np, np.asarray, seconds, extra_bytes)
 
 
+def attempt(put: Put, name: str, find: Callable[[], dict[str, Any]]) -> None:
+    """Report what a function finds, or the error that it ends in: the next ones still run."""
+    try:
+        put(name, find())
+    except Exception as error:  # whatever the device, a compiler or a library says
+        put(name, {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+
+
 def drawn(on: Ground, dtype: str, *shapes: tuple[int, ...], seed: int = 0) -> list[Array]:
     """Return arrays of normal numbers, the same in every process, on the ground's memory."""
     rng = np.random.default_rng(seed)

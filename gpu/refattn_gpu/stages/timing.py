@@ -11,13 +11,14 @@ import contextlib
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from refattn_gpu import numba_cuda
 from refattn_gpu.numba_cuda.attention import FORMS
-from refattn_gpu.stages.ground import Ground, Put, drawn
+from refattn_gpu.stages.ground import Ground, Put, attempt, drawn
 from refattn_gpu.stages.machine import clocks
 from refattn_gpu.stages.standard import standard_attention
 
@@ -88,7 +89,8 @@ def run(on: Ground, put: Put) -> None:
         for d in plan.features:
             for causal in (False, True):
                 shape = (max(1, plan.rows // plan.heads // n), plan.heads, n, d)
-                put(f"{shape} {'causal' if causal else 'full'}", _timed(on, plan, shape, causal))
+                words = f"{','.join(map(str, shape))} {'causal' if causal else 'full'}"
+                attempt(put, words, partial(_timed, on, plan, shape, causal))
 
 
 def _timed(on: Ground, plan: Plan, shape: tuple[int, ...], causal: bool) -> dict[str, Any]:
@@ -157,7 +159,7 @@ def _subjects(on: Ground, arrays: list[Any], causal: bool) -> Iterator[Subject]:
     matrices = 3 * math.prod(query.shape[:3]) * key.shape[2] * query.itemsize
     if matrices <= STANDARD_BYTES:
         yield Subject(
-            "cupy standard", "float32", lambda: standard_attention(on.xp, *arrays, causal=causal)
+            "cupy standard", "float32", lambda: standard_attention(on.xp, query, key, value, causal)
         )
     yield from _torch(arrays, causal)
 
@@ -185,8 +187,8 @@ def _golden(on: Ground, arrays: list[Any], causal: bool) -> Any:
     """Return the first head's output in float64, or None where the problem is long."""
     if arrays[0].shape[2] > GOLDEN:
         return None
-    first = [array[:1, :1].astype("float64") for array in arrays]
-    return on.asnumpy(standard_attention(on.xp, *first, causal=causal))[0, 0]
+    query, key, value = (array[:1, :1].astype("float64") for array in arrays)
+    return on.asnumpy(standard_attention(on.xp, query, key, value, causal))[0, 0]
 
 
 def _error(on: Ground, subject: Subject, golden: Any) -> dict[str, float]:

@@ -1,0 +1,231 @@
+"""The measurement of a GPU, its control flow: in the simulator, and with stages that go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optional import require
+from refattn_gpu import measure
+from refattn_gpu.stages import STAGES
+from refattn_gpu.stages.ground import journal, read_journal
+
+JOURNAL = """
+import json, sys, time
+path = sys.argv[sys.argv.index("--journal") + 1]
+with open(path, "a") as file:
+    for line in {lines!r}:
+        file.write(line + "\\n")
+print({last!r}, file=sys.stderr)
+time.sleep({sleep})
+sys.exit({code})
+"""
+"""A stage that writes these lines, says something, waits and ends so."""
+
+
+def _simulated(tmp_path: Path, *words: str) -> tuple[int, dict[str, Any]]:
+    out = tmp_path / "results" / "run.json"
+    code = measure.main(["--simulate", "--out", str(out), *words])
+    return code, json.loads(out.read_text("utf-8"))
+
+
+def _stand_in(
+    monkeypatch: pytest.MonkeyPatch, sleep: float = 0, code: int = 0, last: str = ""
+) -> None:
+    """Put a stage in the place of every stage that finds one thing and ends so."""
+    lines = ['["machine", {"device": {"name": "a card"}}]', '["first", {"ok": true}]', '["second']
+    text = JOURNAL.format(lines=lines, last=last, sleep=sleep, code=code)
+    command = measure.command_of
+
+    def stand_in(*args: Any) -> list[str]:
+        return [sys.executable, "-c", text, *command(*args)[3:]]
+
+    monkeypatch.setattr(measure, "command_of", stand_in)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return what a simulated run of every stage found."""
+    require("numba")
+    code, data = _simulated(tmp_path_factory.mktemp("simulated"))
+    assert code == 0, data
+    return data
+
+
+def test_every_stage_runs_in_the_simulator(whole: dict[str, Any]) -> None:
+    assert list(whole["stages"]) == [stage.name for stage in STAGES]
+    assert {stage["status"] for stage in whole["stages"].values()} == {"done"}
+    assert all(stage["results"] for stage in whole["stages"].values())
+
+
+def test_a_simulated_run_says_that_it_is_one(whole: dict[str, Any]) -> None:
+    assert whole["simulated"] is True
+    assert whole["machine"]["device"]["name"] == "none: the CUDA simulator"
+    assert {"python", "numpy", "numba"} <= set(whole["machine"]["versions"])
+
+
+def test_conformance_counts_runs_by_backend_and_dtype(whole: dict[str, Any]) -> None:
+    found = whole["stages"]["conformance"]["results"]
+    tallies = found["numba-cuda"]["by_dtype"]
+    assert {"float32", "float64"} <= set(tallies)
+    for tally in tallies.values():
+        assert tally["passed"] > 0 == tally["failed"]
+        assert 0 < tally["ratio"] <= 1
+    assert found["numba-cuda"]["runs"] == found["numba-cuda"]["of"]
+
+
+def test_determinism_counts_different_results(whole: dict[str, Any]) -> None:
+    found = whole["stages"]["determinism"]["results"]
+    assert len(found) == 8  # two formats, two forms, forward and backward
+    for value in found.values():
+        assert (value["results"], value["moved"]) == (1, [])
+
+
+def test_memory_is_taken_at_every_length(whole: dict[str, Any]) -> None:
+    found = whole["stages"]["memory"]["results"]
+    for name in ("forward", "backward", "standard forward"):
+        assert [found[f"{name} {n}"]["taken"] > 0 for n in (16, 32)] == [True, True]
+
+
+def test_timing_has_every_subject_or_why_it_refused(whole: dict[str, Any]) -> None:
+    found = whole["stages"]["timing"]["results"]
+    assert [shape["causal"] for shape in found.values()] == [False, True]
+    for shape in found.values():
+        assert {"refattn rows float32", "refattn tiles float32"} <= set(shape["subjects"])
+        for row in shape["subjects"].values():
+            assert 0 < row["low"] <= row["seconds"] <= row["high"]
+            assert row["rms_error"] <= row["max_error"] < 0.01
+
+
+def test_a_tool_that_is_absent_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    _, data = _simulated(tmp_path, "--only", "sanitizer")
+    found = data["stages"]["sanitizer"]["results"]
+    assert found == {"skipped": "compute-sanitizer was not found on PATH or in CUDA_HOME/bin"}
+
+
+@pytest.mark.parametrize(("errors", "code"), [(0, 0), (3, 1)])
+def test_the_last_word_of_the_sanitizer_is_kept(
+    errors: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require("numba")
+    tool = tmp_path / "compute-sanitizer"
+    ends = 9 if errors else 0
+    tool.write_text(
+        f'#!/bin/sh\nshift 4\n"$@" || exit 1\necho "========= ERROR SUMMARY: {errors} errors"\n'
+        f"exit {ends}\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    ended, data = _simulated(tmp_path, "--only", "sanitizer")
+    found = data["stages"]["sanitizer"]["results"]
+    assert ended == code
+    assert set(found) == {f"{t} {f}" for t in ("memcheck", "racecheck") for f in ("tiles", "rows")}
+    for value in found.values():
+        assert value["summary"] == f"ERROR SUMMARY: {errors} errors"
+        assert value["ok"] is (errors == 0)
+
+
+def test_a_stage_beyond_its_limit_is_ended_and_leaves_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _stand_in(monkeypatch, sleep=600)
+    code, data = _simulated(tmp_path, "--only", "memory", "--limit", "3")
+    assert code == 1
+    stage = data["stages"]["memory"]
+    assert (stage["status"], stage["reason"]) == ("timeout", "3 s")
+    assert stage["results"] == {"first": {"ok": True}}
+    assert data["machine"] == {"device": {"name": "a card"}}
+
+
+def test_a_stage_that_fails_leaves_its_last_word_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _stand_in(monkeypatch, code=1, last="RuntimeError: the card is gone")
+    code, data = _simulated(tmp_path, "--only", "memory", "--only", "timing")
+    assert code == 1
+    assert list(data["stages"]) == ["memory", "timing"]
+    for stage in data["stages"].values():
+        assert (stage["status"], stage["reason"]) == ("failed", "RuntimeError: the card is gone")
+        assert stage["results"] == {"first": {"ok": True}}
+    assert "  failed: RuntimeError: the card is gone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("finding cupy float32 x", "far off", "finding cupy float32 x: far off"),
+        ("forward 16", {"error": "no memory"}, "forward 16: no memory"),
+        ("memcheck rows", {"ok": False, "summary": "3 errors"}, "memcheck rows: 3 errors"),
+        ("forward rows", {"results": 2, "moved": []}, "forward rows: 2 results, moved by"),
+        ("forward rows", {"results": 1, "moved": [5]}, "forward rows: 1 results, moved by"),
+    ],
+)
+def test_what_a_stage_found_wrong_is_a_complaint(name: str, value: Any, line: str) -> None:
+    fine = {"first": {"ok": True}, "pack": "6543", "second": {"results": 1, "moved": []}}
+    result = {"status": "done", "reason": "", "results": fine}
+    assert measure.complaints(result) == []
+    (found,) = measure.complaints(result | {"results": {**fine, name: value}})
+    assert found.startswith(line)
+
+
+def test_a_journal_that_was_cut_short_is_read_up_to_there(tmp_path: Path) -> None:
+    put = journal(tmp_path / "journal")
+    put("first", 1)
+    put("second", [2])
+    put("first", 3)
+    with (tmp_path / "journal").open("a") as file:
+        file.write('["third", {"a"')
+    assert read_journal(tmp_path / "journal") == {"first": 3, "second": [2]}
+    assert read_journal(tmp_path / "absent") == {}
+
+
+def test_lists_stand_on_one_line_and_texts_stay_as_they_are() -> None:
+    whole = {"a": {"b": [1, 2.5], "c": ["x  [1]", "y"], "d": {}}}
+    text = measure.as_text(whole)
+    assert json.loads(text) == whole
+    assert '"b": [ 1, 2.5 ]' in text
+
+
+def test_what_is_missing_is_named_with_the_way_to_carry_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = {"cupy", "jsonschema"}
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name in absent else object()
+    )
+    assert measure.main([]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("refattn_gpu.measure: not installed: jsonschema, cupy-cuda13x; pip inst")
+    assert "--target FOLDER jsonschema cupy-cuda13x and give --vendor FOLDER" in said
+    assert said.count("\n") == 1
+
+
+def test_a_stage_needs_nothing_of_the_terminal_and_nothing_that_certifies(tmp_path: Path) -> None:
+    require("numba")
+    path = tmp_path / "journal"
+    ask = f"""
+import sys
+for name in ("typer", "rich", "click", "flint", "mpmath", "onnx", "hypothesis", "pytest"):
+    sys.modules[name] = None  # an import of it fails
+from refattn_gpu.measure import main
+sys.exit(main(["--simulate", "--stage", "conformance", "--journal", {str(path)!r}]))
+"""
+    subprocess.run([sys.executable, "-c", ask], env=_simulator(), check=True)
+    assert "numba-cuda" in read_journal(path)
+
+
+def _simulator() -> dict[str, str]:
+    return os.environ | {
+        "NUMBA_ENABLE_CUDASIM": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
