@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from refattn_gpu.numba_cuda.attention import attention
+from refattn_gpu.numba_cuda.attention_backward import attention_backward
 
-__all__ = ["KERNELS", "attention"]
+__all__ = ["KERNELS", "attention", "attention_backward"]
 
 
 def __getattr__(name: str) -> Any:

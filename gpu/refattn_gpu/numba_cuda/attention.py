@@ -67,12 +67,12 @@ def attention(
 def run_forward(problem: Problem, form: str) -> Results:
     """Run the forward kernel of a form."""
     xp, (Q, _, V) = problem.xp, problem.operands
-    b, h, n_q, d_k = Q.shape
+    b, h, n_q, _ = Q.shape
     results = Results(
         xp.empty((b, h, n_q, V.shape[-1]), dtype=problem.dtype),
         xp.empty((b, h, n_q), dtype=problem.dtype),
     )
-    kernel = forward_kernel(form, Q.dtype.name, max(d_k, V.shape[-1]))
+    kernel = forward_kernel(form, Q.dtype.name, problem.features)
     blocks = b * h * math.ceil(n_q / kernel.rows)
     device.launch(
         kernel.run, blocks, kernel.threads, results, problem.operands, problem.band, problem.terms

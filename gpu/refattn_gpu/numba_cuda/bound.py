@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +33,7 @@ def cell_rules(real: Any) -> SimpleNamespace:
         real: NumPy's type of the format.
 
     Returns:
-        allowed, logit, bend, dropped: device functions.
+        allowed, logit, dropped, gradients: device functions.
     """
     lowest, zero, one = real(-float("inf")), real(0), real(1)
 
@@ -101,4 +102,35 @@ def cell_rules(real: Any) -> SimpleNamespace:
             return weight
         return weight * terms.kept if entry(terms.keep, b, h, i, j) else weight * zero
 
-    return SimpleNamespace(allowed=allowed, logit=logit, bend=bend, dropped=dropped)
+    @leaf
+    def gradients(band, terms, b, h, i, j, product, dP, L, D):
+        """Return a cell's weight after dropout, and its gradients.
+
+        Spec: FA1-ALG4 lines 11-20, OWN-BACKWARD1.
+
+        Args:
+            band: of the attention.
+            terms: likewise.
+            b: batch item of the cell.
+            h: query head.
+            i: query row.
+            j: key row.
+            product: q · k.
+            dP: dO · v.
+            L: logsumexp of the row.
+            D: D - dL of the row.
+
+        Returns:
+            weight: P after dropout.
+            d_added: of what is added to the logit.
+            d_product: of q · k.
+        """
+        S = logit(band, terms, b, h, i, j, product)  # lines 11 and 12
+        P = math.exp(S - L)  # line 13
+        dP = dropped(terms, b, h, i, j, dP)  # lines 14 and 18
+        dS = P * (dP - D)  # line 20
+        dX = dS * bend(band, terms, b, h, i, j, product)
+        d_added = dX if terms.softcap_order == 2 else dS
+        return dropped(terms, b, h, i, j, P), d_added, dX * terms.scale  # line 15
+
+    return SimpleNamespace(allowed=allowed, logit=logit, dropped=dropped, gradients=gradients)

@@ -7,10 +7,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refattn_gpu.numba_cuda import records, rows, shapes, tiles
+from refattn_gpu.numba_cuda import backward_rows, backward_tiles, records, rows, shapes, tiles
 
 DTYPES = ("float32", "float64")
 """Formats that kernels compute in."""
+
+INPUTS = (records.Operands, records.Band, records.Terms)
+"""What all kernels of attention read."""
+
+RECORDS: dict[str, tuple[type[tuple[Any, ...]], ...]] = {
+    "forward_rows": (records.Results, *INPUTS),
+    "forward_tiles": (records.Results, *INPUTS),
+    "backward_dots": (records.Dots, records.Rows),
+    "backward_query_rows": (records.QueryGradients, records.Saved, *INPUTS),
+    "backward_query_tiles": (records.QueryGradients, records.Saved, *INPUTS),
+    "backward_key_rows": (records.KeyGradients, records.Saved, *INPUTS),
+    "backward_key_tiles": (records.KeyGradients, records.Saved, *INPUTS),
+}
+"""The records that each kernel takes."""
 
 
 class Entry(NamedTuple):
@@ -36,17 +50,36 @@ def kernels() -> tuple[Entry, ...]:
 
 def _all() -> Iterator[Entry]:
     for dtype in DTYPES:
-        real = np.dtype(dtype).type
-        reads = _signature(dtype, records.Operands, records.Band, records.Terms)
-        writes = _signature(dtype, records.Results)
         for features in shapes.FEATURES:
-            row = shapes.row_shape(features, np.dtype(dtype).itemsize)
-            text = rows.attention_rows(real, row)
-            yield Entry("forward_rows", dtype, features, text, writes + reads, row.rows)
-            tile = shapes.tile_shape(features, dtype)
-            if tile is not None:
-                text = tiles.attention_tiles(real, tile)
-                yield Entry("forward_tiles", dtype, features, text, writes + reads, tile.threads)
+            yield from _by_rows(dtype, features)
+            yield from _by_tiles(dtype, features)
+
+
+def _by_rows(dtype: str, features: int) -> Iterator[Entry]:
+    real = np.dtype(dtype).type
+    shape = shapes.row_shape(features, real(0).itemsize)
+    texts = {
+        "forward_rows": rows.attention_rows(real, shape),
+        "backward_dots": backward_rows.backward_dots(real, shape.rows),
+        "backward_query_rows": backward_rows.backward_query_rows(real, shape),
+        "backward_key_rows": backward_rows.backward_key_rows(real, shape),
+    }
+    for name, text in texts.items():
+        yield Entry(name, dtype, features, text, _signature(dtype, *RECORDS[name]), shape.rows)
+
+
+def _by_tiles(dtype: str, features: int) -> Iterator[Entry]:
+    real = np.dtype(dtype).type
+    makers = {
+        "forward_tiles": (tiles.attention_tiles, shapes.tile_shape),
+        "backward_query_tiles": (backward_tiles.backward_query_tiles, shapes.backward_shape),
+        "backward_key_tiles": (backward_tiles.backward_key_tiles, shapes.backward_shape),
+    }
+    for name, (make, shape_for) in makers.items():
+        shape = shape_for(features, dtype)
+        if shape is not None:
+            signature = _signature(dtype, *RECORDS[name])
+            yield Entry(name, dtype, features, make(real, shape), signature, shape.threads)
 
 
 def _signature(dtype: str, *kinds: type[tuple[Any, ...]]) -> tuple[Any, ...]:
@@ -56,7 +89,7 @@ def _signature(dtype: str, *kinds: type[tuple[Any, ...]]) -> tuple[Any, ...]:
     real = getattr(types, dtype)
     arrays = {
         **dict.fromkeys(("mask", "keep"), types.boolean[:, :, :, ::1]),
-        "logsumexp": real[:, :, ::1],
+        **dict.fromkeys(("logsumexp", "dots", "d_logsumexp", "d_slopes"), real[:, :, ::1]),
         "slopes": real[::1],
         "sinks": real[::1],
         **dict.fromkeys(("offsets", "query_lengths", "key_lengths"), types.int64[::1]),

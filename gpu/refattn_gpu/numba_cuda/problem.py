@@ -27,6 +27,8 @@ class Problem(NamedTuple):
     xp: Any
     """Array library of the arguments."""
     options: dict[str, Any]
+    features: int
+    """The larger of d_k and d_v."""
 
 
 def problem_of(
@@ -41,13 +43,15 @@ def problem_of(
         Unsupported: what these kernels do not claim.
     """
     options, sizes, offset = check_arguments(function, query, key, value, given)
-    _check_claimed(function, query, options, max(sizes["d_k"], sizes["d_v"]))
+    features = max(sizes["d_k"], sizes["d_v"])
+    _check_claimed(function, query, options, features)
     xp = array_namespace(query)
     dtype = xp.float64 if dtype_name(query) == "float64" else xp.float32
     q, k, v = (four_axes(array, dtype, xp) for array in (query, key, value))
     operands = Operands(q, k, v)
     band = _band(options, operands, offset, xp)
-    return Problem(operands, band, _terms(options, sizes["d_k"], dtype, xp), dtype, xp, options)
+    terms = _terms(options, sizes["d_k"], dtype, xp)
+    return Problem(operands, band, terms, dtype, xp, options, features)
 
 
 def _check_claimed(function: str, query: Array, options: dict[str, Any], d: int) -> None:

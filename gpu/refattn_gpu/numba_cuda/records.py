@@ -69,3 +69,48 @@ class Terms(NamedTuple):
     """Factor on a product."""
     kept: Any
     """1 / keep_probability, what a kept weight is multiplied by."""
+
+
+class Saved(NamedTuple):
+    """What the backward pass reads beside the operands."""
+
+    d_output: Any
+    """dO, (b, h, n_q, d_v)."""
+    logsumexp: Any
+    """L, (b, h, n_q)."""
+    dots: Any
+    """D - dL, (b, h, n_q)."""
+
+
+class Dots(NamedTuple):
+    """What the first step of the backward pass writes: D - dL, (b, h, n_q)."""
+
+    dots: Any
+
+
+class Rows(NamedTuple):
+    """What it reads: by row of the queries, and the gradient of L by row."""
+
+    d_output: Any
+    output: Any
+    d_logsumexp: Any
+
+
+class QueryGradients(NamedTuple):
+    """What the kernel by tiles of queries writes."""
+
+    d_query: Any
+    """(b, h, n_q, d_k)."""
+    d_bias: Any
+    """(b, h, n_q, n_k), zeros before; of size 0 where there is no bias."""
+    d_slopes: Any
+    """(b, h, n_q), one summand a row; of size 0 where there are no slopes."""
+
+
+class KeyGradients(NamedTuple):
+    """What the kernel by tiles of keys writes."""
+
+    d_key: Any
+    """(b, h_k, n_k, d_k)."""
+    d_value: Any
+    """(b, h_k, n_k, d_v)."""

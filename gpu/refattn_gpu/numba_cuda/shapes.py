@@ -62,6 +62,17 @@ FORWARD = {
 }
 """B_r, B_c, rows and columns a thread; what is not here does not fit, and takes rows."""
 
+BACKWARD = {
+    ("float32", 32): (32, 32, 4, 4, 4),
+    ("float32", 64): (32, 32, 4, 4, 4),
+    ("float32", 128): (16, 16, 2, 2, 4),
+    ("float32", 256): (8, 8, 2, 1, 1),
+    ("float64", 32): (32, 16, 4, 2, 4),
+    ("float64", 64): (16, 16, 2, 2, 4),
+    ("float64", 128): (8, 8, 2, 1, 1),
+}
+"""Rows of a block's own tile and of those it walks over, rows and columns a thread, and the pad."""
+
 
 def features_for(d: int) -> int:
     """Return the smallest of `FEATURES` that holds d features."""
@@ -98,3 +109,19 @@ def tile_shape(d: int, dtype: str, simulated: bool = False) -> TileShape | None:
         return None
     rows, cols, rows_each, cols_each = FORWARD[dtype, features]
     return TileShape(rows, cols, features, rows_each, cols_each, features * cols_each // cols, 4)
+
+
+def backward_shape(d: int, dtype: str, simulated: bool = False) -> TileShape | None:
+    """Return the register tiles of the backward pass, or None where they do not fit.
+
+    Spec: FA1-ALG4 line 2.
+    """
+    if simulated:
+        lanes = 4
+        each = -(-d // lanes)
+        return TileShape(8, 8, lanes * each, 4, 2, each, 1)
+    features = features_for(d)
+    if (dtype, features) not in BACKWARD:
+        return None
+    rows, cols, rows_each, cols_each, pad = BACKWARD[dtype, features]
+    return TileShape(rows, cols, features, rows_each, cols_each, features * cols_each // cols, pad)
