@@ -11,6 +11,7 @@ import typer
 from refattn.bench import LIMIT, MASKS
 from refattn.bench import bench as run
 from refattn.bench.figure import check_figure, draw_figure
+from refattn.cli.gpu_results import show_gpu_results
 from refattn.cli.out import announce, print_json, print_line, print_table, progress
 
 app = typer.Typer(rich_markup_mode=None)
@@ -30,6 +31,12 @@ SPREAD = "10.00-10.00"
 
 @app.command()
 def bench(
+    file: Annotated[
+        Path | None, typer.Argument(help="With --gpu-results: one file of results.")
+    ] = None,
+    gpu_results: Annotated[
+        bool, typer.Option("--gpu-results", help="Print what was measured on GPUs; time nothing.")
+    ] = False,
     shape: Annotated[
         Words, typer.Option(metavar="B,H,N,D", help="Sizes; N may be N_Q:N_K.")
     ] = None,
@@ -58,6 +65,11 @@ def bench(
 
     Rows are printed when they are known. All shapes take about four minutes on two cores.
     """
+    if gpu_results:
+        show_gpu_results(file, as_json=as_json)
+        return
+    if file is not None:
+        raise typer.BadParameter(f"{file} is given, but only --gpu-results takes a file")
     announce()
     if plot is not None:
         check_figure(plot)
