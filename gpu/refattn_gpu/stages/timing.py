@@ -159,7 +159,9 @@ def _subjects(on: Ground, arrays: list[Any], causal: bool) -> Iterator[Subject]:
     matrices = 3 * math.prod(query.shape[:3]) * key.shape[2] * query.itemsize
     if matrices <= STANDARD_BYTES:
         yield Subject(
-            f"{on.xp.__name__} standard", "float32", lambda: standard_attention(on.xp, query, key, value, causal)
+            f"{on.xp.__name__} standard",
+            "float32",
+            lambda: standard_attention(on.xp, query, key, value, causal),
         )
     yield from _torch(arrays, causal)
 
