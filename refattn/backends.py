@@ -28,13 +28,9 @@ Op: TypeAlias = Callable[[Arrays, dict[str, Any], str], dict[str, Any]]
 BACKENDS = ("numpy", "numpy-tiled", "numba", "numba-cuda", "cupy")
 """Every backend, whether it loads here or not."""
 
-ABSENT = {
-    "numba-cuda": "not part of this release",
-}
-"""Why a backend cannot be loaded anywhere."""
-
-GPU = {"cupy": "refattn_gpu.cupy_text"}
-"""Backends of the GPU package, by the module that has `absent()` and `run(...)`."""
+GPU = {"numba-cuda": "refattn_gpu.numba_cuda.backend", "cupy": "refattn_gpu.cupy_text"}
+"""Backends of the GPU package, by the module that has `absent()` and `run(...)`, and that has
+`simulator()` if it may run without a device."""
 
 OPS = (
     "attention",
@@ -55,6 +51,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     "numpy": OPS,
     "numpy-tiled": ("attention",),
     "numba": ("attention", "rope", "alibi"),
+    "numba-cuda": ("attention", "rope", "alibi", "merge"),
     # what is counted or drawn on the host says nothing of a device
     "cupy": tuple(op for op in OPS if op not in ("traffic", "keep_mask")),
 }
@@ -78,6 +75,9 @@ UNSTATED = {
     ("numba", "attention"): MATRIX_TEXT,
     ("numba", "rope"): TABLE_TEXT,
     ("numba", "alibi"): SLOPE_TEXT,
+    ("numba-cuda", "attention"): MATRIX_TEXT,
+    ("numba-cuda", "rope"): TABLE_TEXT,
+    ("numba-cuda", "alibi"): SLOPE_TEXT,
     ("cupy", "attention"): TILED_TEXT,
     ("cupy", "rope"): TABLE_TEXT,
     ("cupy", "alibi"): SLOPE_TEXT,
@@ -102,6 +102,8 @@ class Backend(NamedTuple):
     name: str
     dtypes: tuple[str, ...]
     run: Callable[[str, Mapping[str, Any], Options, Options, str], Arrays]
+    simulator: str = ""
+    """What stands in for its device here; it takes minutes where a device takes seconds."""
 
 
 def load(name: str) -> Backend:
@@ -112,8 +114,6 @@ def load(name: str) -> Backend:
     """
     if name not in BACKENDS:
         raise BackendAbsent(f"there is no backend {name}; there are {', '.join(BACKENDS)}")
-    if name in ABSENT:
-        raise BackendAbsent(f"backend {name} is absent: {ABSENT[name]}")
     if name == "numba" and importlib.util.find_spec("numba") is None:
         remedy = 'numba is not installed: pip install "refattn[cpu]"'
         raise BackendAbsent(f"backend {name} is absent: {remedy}")
@@ -124,7 +124,7 @@ def load(name: str) -> Backend:
     def run(
         op: str, inputs: Mapping[str, Any], parameters: Options, conventions: Options, dtype: str
     ) -> Arrays:
-        return _run(name, ops, op, inputs, {**parameters, **conventions}, dtype)
+        return run_one(name, ops, op, inputs, {**parameters, **conventions}, dtype)
 
     return Backend(name, FLOATS, run)
 
@@ -141,7 +141,8 @@ def _load_gpu(name: str) -> Backend:
         ) from None
     if why := module.absent():
         raise BackendAbsent(f"backend {name} is absent: {why}")
-    return Backend(name, FLOATS, module.run)
+    simulator = getattr(module, "simulator", str)
+    return Backend(name, FLOATS, module.run, simulator())
 
 
 def reference_op(name: str) -> Op:
@@ -162,7 +163,7 @@ def claiming(clause: str, ops: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if any(stated(name, op, (clause,)) for op in wanted))
 
 
-def _run(
+def run_one(
     name: str,
     ops: Mapping[str, Op],
     op: str,
@@ -170,7 +171,11 @@ def _run(
     options: dict[str, Any],
     dtype: str,
 ) -> Arrays:
-    """Run an operation by reference functions on NumPy arrays; floating inputs are cast."""
+    """Run an operation of a backend on NumPy arrays; floating inputs are cast.
+
+    Raises:
+        Unsupported: the operation or the dtype is not claimed.
+    """
     if op not in ops:
         raise Unsupported(f"op is {op}, but backend {name} claims {', '.join(ops)}")
     if dtype not in FLOATS:
@@ -187,9 +192,10 @@ def cast_floats(array: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]
 
 
 def _call(dotted: str, *args: Any, **options: Any) -> dict[str, Any]:
-    """Call a reference function, imported on first use, and return its results by name."""
+    """Call a function, imported on first use, and return its results by name."""
     module, name = dotted.rsplit(".", 1)
-    result = getattr(importlib.import_module(f"refattn.{module}"), name)(*args, **options)
+    package = "" if module.startswith("refattn_gpu") else "refattn."
+    result = getattr(importlib.import_module(package + module), name)(*args, **options)
     return dict(result._asdict()) if hasattr(result, "_asdict") else {"": result}
 
 
@@ -221,7 +227,7 @@ def _head_importance(inputs: Arrays, options: dict[str, Any], dtype: str) -> dic
     return _call("heads.head_importance", **inputs, **options)
 
 
-def _rope_of(module: str) -> Op:
+def rope_of(module: str) -> Op:
     """Return how the functions of a module that are named rope and rope_backward are called."""
 
     def run(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -235,7 +241,7 @@ def _rope_of(module: str) -> Op:
     return run
 
 
-def _alibi_of(module: str) -> Op:
+def alibi_of(module: str) -> Op:
     """Return how the function of a module that is named alibi_bias is called."""
 
     def run(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -252,8 +258,9 @@ def _tiles(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any
     return _call("flash.tile_states", **inputs, **options)
 
 
-def _merge(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
-    return _call("merge.merge", **inputs, **options)
+def merge_of(module: str) -> Op:
+    """Return how the function of a module that is named merge is called."""
+    return lambda inputs, options, dtype: _call(f"{module}.merge", **inputs, **options)
 
 
 def _score(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -317,12 +324,17 @@ def _refuse_beyond_listings(inputs: Arrays, options: dict[str, Any]) -> None:
         raise Unsupported(f"the case has {', '.join(beyond)}, but the tiled listings do not")
 
 
-def _numba_attention(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
-    cotangents, forward = _split(inputs, "d_output", "d_logsumexp")
-    outputs = _call("cpu.attention", **forward, **options)
-    if cotangents:
-        outputs |= _call("cpu.attention_backward", **cotangents, **forward, **options)
-    return outputs
+def attention_of(module: str) -> Op:
+    """Return how a module's functions attention and attention_backward are called."""
+
+    def run(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+        cotangents, forward = _split(inputs, "d_output", "d_logsumexp")
+        outputs = _call(f"{module}.attention", **forward, **options)
+        if cotangents:
+            outputs |= _call(f"{module}.attention_backward", **cotangents, **forward, **options)
+        return outputs
+
+    return run
 
 
 _OPS: dict[str, dict[str, Op]] = {
@@ -330,16 +342,16 @@ _OPS: dict[str, dict[str, Op]] = {
         "attention": _attention,
         "multihead": _multihead,
         "head_importance": _head_importance,
-        "rope": _rope_of("rope"),
-        "alibi": _alibi_of("alibi"),
+        "rope": rope_of("rope"),
+        "alibi": alibi_of("alibi"),
         "tiles": _tiles,
-        "merge": _merge,
+        "merge": merge_of("merge"),
         "score": _score,
         "rope_decay": _rope_decay,
         "traffic": _traffic,
         "keep_mask": _keep_mask,
     },
     "numpy-tiled": {"attention": _tiled_attention},
-    "numba": {"attention": _numba_attention, "rope": _rope_of("cpu"), "alibi": _alibi_of("cpu")},
+    "numba": {"attention": attention_of("cpu"), "rope": rope_of("cpu"), "alibi": alibi_of("cpu")},
 }
 """How the functions of a backend are called for each operation."""

@@ -50,7 +50,7 @@ class Cell(NamedTuple):
 
 
 def present(names: Sequence[str] = ()) -> tuple[list[Backend], dict[str, str]]:
-    """Return the backends that load here, and why each other one does not.
+    """Return the backends to run here, and why each other one is not.
 
     Args:
         names: the backends asked for; every one if empty.
@@ -61,11 +61,19 @@ def present(names: Sequence[str] = ()) -> tuple[list[Backend], dict[str, str]]:
     found, absent = [], {}
     for name in names or BACKENDS:
         try:
-            found.append(load(name))
+            backend = load(name)
         except BackendAbsent as error:
             if names:
                 raise
             absent[name] = str(error)
+            continue
+        if backend.simulator and not names and not required([name]):
+            absent[name] = (
+                f"backend {name} is left out: no device is here, and {backend.simulator} takes "
+                f"minutes; to run it: refattn check --backend {name}"
+            )
+        else:
+            found.append(backend)
     return found, absent
 
 
@@ -155,6 +163,11 @@ def summary(
         "not_run": ended["not run"],
         "not_run_reasons": dict(left_out.most_common()),
         "absent": absent,
+        "simulators": {
+            name: simulator
+            for name in dict.fromkeys(result.backend for result in results)
+            if (simulator := load(name).simulator)
+        },
         "required_but_absent": lacking,
         "clauses": {
             id_: {f"{b} {dtype}": cell._asdict() for (b, dtype), cell in row.items()}

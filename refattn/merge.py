@@ -58,7 +58,7 @@ def merge(outputs: Array, logsumexps: Array) -> MergeResult:
         ShapeError: shapes do not fit, or there is no part.
         DtypeError: dtypes are not floating or do not fit.
     """
-    _check_parts(outputs, logsumexps)
+    check_parts("merge", outputs, logsumexps)
     xp = array_namespace(outputs)
     O_p, L_p = widen(outputs), widen(logsumexps)[..., None]
     top = xp.max(L_p, axis=0)
@@ -104,22 +104,26 @@ def merge_states(first: PartState, second: PartState) -> PartState:
     return PartState(m, l, narrow(O / divisor(l)[..., None], first.output))
 
 
-def _check_parts(outputs: Array, logsumexps: Array) -> None:
-    """Check the arguments of `merge`."""
+def check_parts(function: str, outputs: Array, logsumexps: Array) -> None:
+    """Check the arguments of `merge`.
+
+    Raises:
+        ShapeError, DtypeError: as `merge`.
+    """
     arrays = {"outputs": outputs, "logsumexps": logsumexps}
-    check_shapes("merge", outputs=(outputs, "... n d"), logsumexps=(logsumexps, "... n"))
-    check_lead("merge", arrays, "logsumexps", "outputs", rank=1)
+    check_shapes(function, outputs=(outputs, "... n d"), logsumexps=(logsumexps, "... n"))
+    check_lead(function, arrays, "logsumexps", "outputs", rank=1)
     if outputs.ndim < 3 or outputs.shape[0] < 1:
         raise ShapeError(
             f"outputs has shape {tuple(outputs.shape)}, but it must be (p, ..., n, d) with at "
-            f"least one part {describe('merge', arrays)}"
+            f"least one part {describe(function, arrays)}"
         )
-    check_floats("merge", outputs=outputs)
-    check_floats("merge", logsumexps=logsumexps)
+    check_floats(function, outputs=outputs)
+    check_floats(function, logsumexps=logsumexps)
     if logsumexps.dtype not in (outputs.dtype, widen(outputs).dtype):
         raise DtypeError(
             f"logsumexps has dtype {logsumexps.dtype}, but outputs has dtype {outputs.dtype}; they "
-            f"must be equal, or the first the computing dtype {describe('merge', arrays)}"
+            f"must be equal, or the first the computing dtype {describe(function, arrays)}"
         )
 
 

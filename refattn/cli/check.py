@@ -57,6 +57,8 @@ def _print(data: dict[str, Any]) -> None:
     print_table(("clause", *columns), rows, title="worst error / bound (vectors)")
     for line in _not_run(data["not_run_reasons"]):
         print(line)
+    for name, simulator in data["simulators"].items():
+        print(f"backend {name} ran by {simulator}")
     for name, why in data["absent"].items():
         needed = " (required)" if name in data["required_but_absent"] else ""
         print(f"{why}{needed}")

@@ -6,8 +6,17 @@ from typing import Any
 
 from refattn_gpu.numba_cuda.attention import attention
 from refattn_gpu.numba_cuda.attention_backward import attention_backward
+from refattn_gpu.numba_cuda.embedding import alibi_bias, merge, rope, rope_backward
 
-__all__ = ["KERNELS", "attention", "attention_backward"]
+__all__ = [
+    "KERNELS",
+    "alibi_bias",
+    "attention",
+    "attention_backward",
+    "merge",
+    "rope",
+    "rope_backward",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refattn_gpu.numba_cuda import backward_rows, backward_tiles, records, rows, shapes, tiles
+from refattn_gpu.numba_cuda import (
+    backward_rows,
+    backward_tiles,
+    elements,
+    records,
+    rows,
+    shapes,
+    tiles,
+)
 
 DTYPES = ("float32", "float64")
 """Formats that kernels compute in."""
@@ -23,6 +31,9 @@ RECORDS: dict[str, tuple[type[tuple[Any, ...]], ...]] = {
     "backward_query_tiles": (records.QueryGradients, records.Saved, *INPUTS),
     "backward_key_rows": (records.KeyGradients, records.Saved, *INPUTS),
     "backward_key_tiles": (records.KeyGradients, records.Saved, *INPUTS),
+    "rotate_pairs": (elements.Rotated, elements.Rotation),
+    "linear_bias": (elements.Biased, elements.LinearBias),
+    "merge_parts": (elements.Merged, elements.Parts),
 }
 """The records that each kernel takes."""
 
@@ -34,7 +45,7 @@ class Entry(NamedTuple):
     """Of the kernel, without format and size."""
     dtype: str
     features: int
-    """Most features of a head."""
+    """Most features of a head; 0 where a kernel takes any."""
     function: Callable[..., None]
     """The Python function that is compiled."""
     signature: tuple[Any, ...]
@@ -53,6 +64,7 @@ def _all() -> Iterator[Entry]:
         for features in shapes.FEATURES:
             yield from _by_rows(dtype, features)
             yield from _by_tiles(dtype, features)
+        yield from _by_elements(dtype)
 
 
 def _by_rows(dtype: str, features: int) -> Iterator[Entry]:
@@ -82,22 +94,35 @@ def _by_tiles(dtype: str, features: int) -> Iterator[Entry]:
             yield Entry(name, dtype, features, make(real, shape), signature, shape.threads)
 
 
+def _by_elements(dtype: str) -> Iterator[Entry]:
+    real = np.dtype(dtype).type
+    texts = {
+        "rotate_pairs": elements.rotate_pairs,
+        "linear_bias": elements.linear_bias(real),
+        "merge_parts": elements.merge_parts(real),
+    }
+    for name, text in texts.items():
+        yield Entry(name, dtype, 0, text, _signature(dtype, *RECORDS[name]), elements.THREADS)
+
+
 def _signature(dtype: str, *kinds: type[tuple[Any, ...]]) -> tuple[Any, ...]:
     """Return Numba's types of records whose real numbers are of a format."""
     from numba import types
 
     real = getattr(types, dtype)
-    arrays = {
-        **dict.fromkeys(("mask", "keep"), types.boolean[:, :, :, ::1]),
+    axes = {
         **dict.fromkeys(("logsumexp", "dots", "d_logsumexp", "d_slopes"), real[:, :, ::1]),
-        "slopes": real[::1],
-        "sinks": real[::1],
+        **dict.fromkeys(("slopes", "sinks"), real[::1]),
+        **dict.fromkeys(("mask", "keep"), types.boolean[:, :, :, ::1]),
         **dict.fromkeys(("offsets", "query_lengths", "key_lengths"), types.int64[::1]),
         **dict.fromkeys(("left", "right", "tiled_heads"), types.int64),
-        **dict.fromkeys(("distance", "softcap_order"), types.int64),
+        **dict.fromkeys(("distance", "softcap_order", "split"), types.int64),
         **dict.fromkeys(("softcap", "scale", "kept"), real),
+        **dict.fromkeys(("rotated", "x", "cosine", "sine", "outputs"), real[:, :, ::1]),
+        **dict.fromkeys(("merged", "logsumexps"), real[:, ::1]),
+        "merged_logsumexp": real[::1],
     }
     four = real[:, :, :, ::1]
     return tuple(
-        types.NamedTuple([arrays.get(name, four) for name in kind._fields], kind) for kind in kinds
+        types.NamedTuple([axes.get(name, four) for name in kind._fields], kind) for kind in kinds
     )
