@@ -1,4 +1,4 @@
-"""Attention problems drawn at random over every option that the CPU kernels claim."""
+"""Attention problems drawn at random over every option that the compiled kernels claim."""
 
 from __future__ import annotations
 
@@ -29,13 +29,18 @@ def lay(array: np.ndarray, way: int) -> np.ndarray:
     return array[:, :, ::-1].copy()[:, :, ::-1] if way == 4 else array
 
 
-def draw(seed: int) -> tuple[list[np.ndarray], dict[str, Any]]:
+def draw(
+    seed: int,
+    queries: list[int] = QUERIES,
+    keys: list[int] = KEYS,
+    features: list[int] = FEATURES,
+) -> tuple[list[np.ndarray], dict[str, Any]]:
     """Return (query, key, value) and options."""
     drawn = np.random.default_rng(seed)
     b, h_k, group = drawn.integers(1, 3), drawn.integers(1, 4), drawn.integers(1, 4)
     h, dtype = h_k * group, DTYPES[seed % 4]
-    n_q, n_k = drawn.choice(QUERIES), drawn.choice(KEYS)
-    d_k, d_v = drawn.choice(FEATURES), drawn.choice(FEATURES)
+    n_q, n_k = drawn.choice(queries), drawn.choice(keys)
+    d_k, d_v = drawn.choice(features), drawn.choice(features)
 
     def floats(*shape: int) -> np.ndarray:
         return drawn.standard_normal(shape).astype(dtype)
