@@ -13,10 +13,13 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from refattn.backends import BackendAbsent
 
@@ -161,14 +164,36 @@ def _moved(value: Any) -> Any:
     return cuda.to_device(value) if hasattr(value, "ctypes") and value.ndim else value
 
 
+_ALLOCATING = threading.Lock()
+"""Held while a thread of the simulator asks for shared memory."""
+
+
+def _shared_array(shared: Any, shape: Any, dtype: Any, alignment: int | None = None) -> Any:
+    """Return the array of a line of a kernel, one for all threads of a block.
+
+    Stands in for the simulator's own, which looks for the array and makes it without a lock, so
+    that two threads that ask at once may hold different ones. A new array holds NaN: what a kernel
+    reads before it wrote it is seen in the result.
+    """
+    line = sys._getframe(1)
+    place = line.f_code.co_filename, line.f_lineno
+    with _ALLOCATING:
+        if place not in shared._allocations:
+            shared._allocations[place] = np.full(shape, np.nan, dtype)
+        return shared._allocations[place]
+
+
 @contextlib.contextmanager
 def _simulating() -> Iterator[None]:
-    """Let IEEE values travel silently, and let the simulator's barriers be quick."""
-    turn = sys.getswitchinterval()
+    """Let IEEE values travel silently, the barriers be quick, and shared memory be shared."""
+    shared = importlib.import_module("numba.cuda.simulator.kernelapi").FakeCUDAShared
+    turn, own = sys.getswitchinterval(), shared.array
     sys.setswitchinterval(TURN)
+    shared.array = _shared_array
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             yield
     finally:
+        shared.array = own
         sys.setswitchinterval(turn)

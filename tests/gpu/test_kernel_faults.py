@@ -143,6 +143,11 @@ TILES = {
         "// B_c * B_c, high, B_c)",
         "// B_c * B_c, high - B_c, B_c)",
     ),
+    "the tail of a tile is not cleared": (
+        "loading",
+        "                tile[row, x] = number\n",
+        "                if row < rows:\n                    tile[row, x] = number\n",
+    ),
     "the first tile of queries is computed twice": (
         "tiles",
         "(tiles - 1 - cuda.blockIdx.x % tiles) * B_r",
