@@ -15,9 +15,9 @@ from refattn.cpu.copying import fetch_rows, rows_of
 from refattn.cpu.host import VECTORS
 from refattn.cpu.logits import adjust, bar_outside, gather_added
 from refattn.cpu.online import add_weighted_rows, finite_rows, scale_panel, softmax_tile
-from refattn.cpu.panel import begin_panel, end_panel, leave_empty, panel_at, up
+from refattn.cpu.panel import begin_panel, end_panel, leave_empty, panel_at
 from refattn.cpu.plan import Plan, Rules, read_numbers, read_plan
-from refattn.cpu.products import ROW_STEP, SCALE, multiply
+from refattn.cpu.products import ROW_STEP, SCALE, multiply, up
 from refattn.cpu.simd import (
     advance,
     claim,
@@ -79,15 +79,15 @@ def attend_tile(
     softmax_tile(zero, numbers, S, n, panel, factor)
     # line 12, the division by l left to the end
     all_read = (inside and not terms) or finite_rows(zero, V, v_row, n, plan.d_v)
-    if inside and all_read:
-        d = up(plan.d_v, ROW_STEP)
-        multiply(zero, V, 1, v_row, d, S, width, n, O, width, vectors, SCALE, panel.alpha)
-        return
-    scale_panel(O, panel.alpha, plan.d_v, vectors, zero)
-    if all_read:
-        edge_values(zero, plan, V, v_row, first, rows, j, n, S, vectors, plan.d_v, O)
+    d_v, alpha = plan.d_v, panel.alpha
+    if not all_read:
+        scale_panel(O, alpha, d_v, vectors, zero)
+        add_weighted_rows(zero, V, v_row, n, d_v, S, O, vectors)
+    elif inside:
+        d = up(d_v, ROW_STEP)
+        multiply(zero, V, 1, v_row, d, S, width, n, O, width, vectors, SCALE, alpha)
     else:
-        add_weighted_rows(zero, V, v_row, n, plan.d_v, S, O, vectors)
+        edge_values(zero, plan, V, v_row, first, rows, j, n, S, vectors, d_v, O, SCALE, alpha)
 
 
 @njit(error_model="numpy")
@@ -137,7 +137,8 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
             i = q0 + p * width
             rows = max(0, min(width, valid - i))
             lo, hi, all_lo, all_hi = reach(plan, i + offset, rows, n_k)
-            start, stop = max(j, lo), min(j + n, hi)
+            # whole steps of rows from the tile's first key on, so that none beyond its last is read
+            start, stop = max(j, lo // ROW_STEP * ROW_STEP), min(j + n, hi)
             if rows > 0 and start < stop:
                 panel = panel_at(zero, plan, panels, p, panel_size, S, added, rows)
                 K_p, V_p = advance(K, (start - j) * k_row), advance(V, (start - j) * v_row)
