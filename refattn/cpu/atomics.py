@@ -89,8 +89,7 @@ def call(typing: Any, function: Any, zero: Any, scratch: Any, job: Any) -> Any:
     return types.int64(types.int64, zero, types.int64, types.int64), emit
 
 
-if os.name == "posix":
-    step_aside = types.ExternalFunction("sched_yield", types.int32())
-    """Let another thread have this core."""
-else:
-    step_aside = pause
+# a thread that waits by turns is to be in nobody's way: it may share its core with the very thread
+# that it waits for
+step_aside = types.ExternalFunction("sched_yield", types.int32()) if os.name == "posix" else pause
+"""Let another thread have this core, if one wants it."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from numba import types
 
-from refattn.cpu.atomics import call, exchange, pause, read, replace, step_aside, write
+from refattn.cpu.atomics import call, exchange, read, replace, step_aside, write
 from refattn.cpu.compiling import kernel
 from refattn.cpu.simd import pointer
 
@@ -31,9 +31,6 @@ addresses that the kernel is called with."""
 
 FREE, OFFERED, TAKEN, ASLEEP = 0, 1, 2, 3
 """States of a mailbox."""
-
-TURNS = 10_000
-"""Turns of waiting for a helper's last piece of work, before other threads may have the core."""
 
 
 @kernel
@@ -64,7 +61,7 @@ def serve(mail, turns):
                 call(box[FUNCTION], types.float32(0), box[SCRATCH], box[JOB])
             write(box, types.int64(FREE))
             waited = 0
-        pause()
+        step_aside()
         waited += 1
     return 0
 
@@ -79,11 +76,6 @@ def close_job(mail):
     while mail != 0:
         box = pointer(mail, types.int64(0))
         replace(box, types.int64(OFFERED), types.int64(FREE))
-        waited = 0
         while read(box) == TAKEN:
-            waited += 1
-            if waited < TURNS:
-                pause()
-            else:
-                step_aside()
+            step_aside()
         mail = box[NEXT]
