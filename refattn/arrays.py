@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -17,15 +18,32 @@ NARROW = ("float16", "bfloat16")
 FLOATS = ("float64", "float32", *NARROW)
 """Names of the dtypes that attention is defined on."""
 
+_NUMPY = _array_namespace(np.empty(0))
+
 
 def array_namespace(*arrays: Array | None) -> Any:
     """Return the module whose functions act on the given arrays; None entries are ignored."""
-    return _array_namespace(*(a for a in arrays if a is not None))
+    given = [a for a in arrays if a is not None]
+    return _NUMPY if given and all(map(is_plain, given)) else _array_namespace(*given)
+
+
+def is_plain(value: Any) -> bool:
+    """Tell, without asking any library, that a value is an array of NumPy; false is no answer.
+
+    A gradient of JAX that is zero by its type is an ndarray too: its dtype is of kind V.
+    """
+    return type(value) is np.ndarray and value.dtype.kind != "V"
 
 
 def dtype_name(array: Array) -> str:
     """Return an array's dtype by its bare name: `float32` for NumPy's, torch's and CuPy's."""
-    return str(getattr(array.dtype, "name", array.dtype)).rsplit(".", 1)[-1].strip("'>")
+    dtype = array.dtype
+    return _bare_name(dtype) if isinstance(dtype, np.dtype) else _bare_name.__wrapped__(dtype)
+
+
+@lru_cache(maxsize=64)  # NumPy makes the name anew whenever it is asked
+def _bare_name(dtype: Any) -> str:
+    return str(getattr(dtype, "name", dtype)).rsplit(".", 1)[-1].strip("'>")
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

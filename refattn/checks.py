@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_array_api_obj
 
-from refattn.arrays import FLOATS, Array, array_namespace, dtype_name
+from refattn.arrays import FLOATS, Array, array_namespace, dtype_name, is_plain
 from refattn.errors import RefattnError
 
 LONGEST = 80
@@ -79,7 +79,9 @@ def is_array(value: Any) -> bool:
 
     NumPy's masked arrays and matrices are none: their operators mean something else.
     """
-    return bool(is_array_api_obj(value)) and not isinstance(value, np.ma.MaskedArray)
+    return is_plain(value) or (
+        bool(is_array_api_obj(value)) and not isinstance(value, np.ma.MaskedArray)
+    )
 
 
 def check_arrays(function: str, **arrays: Array) -> None:

@@ -2,56 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
 from refattn.arrays import dtype_name
 from refattn.attention import AttentionResult
 from refattn.backends import Unsupported
-from refattn.cpu import pool, tiling
-from refattn.cpu.compiling import prepare
+from refattn.cpu import decode, forward, kernels, pool, tiling
 from refattn.cpu.copying import STORAGES
+from refattn.cpu.forms import Form, Job, form_of, keep, key_of, known, place
 from refattn.cpu.host import lanes
 from refattn.cpu.plan import (
     AFTER_BIAS,
     BEFORE_BIAS,
+    COUNTER,
     DISTANCE_CODES,
+    MORE,
     NO_DISTANCE,
     NO_SOFTCAP,
     OPEN,
-    Numbers,
+    TABLE,
+    NDArray,
     Plan,
     Rules,
-    flatten,
+    is_odd,
     numbers,
-    tensor,
+    strided,
     whole_elements,
 )
 from refattn.grouped import group_size
 from refattn.options import AttentionOptions, check_arguments
 from refattn.tiles import default_scale
 
-NDArray = np.ndarray[Any, Any]
-"""A NumPy array of any dtype."""
+Arrays = tuple[NDArray | None, ...]
+"""Query, key, value, mask and bias."""
 
 CLAIMED = {"empty_row": ("zero",), "masked": ("select",), "round_weights": (False,)}
 """The values that the kernels support of options which the reference takes more of."""
 
-SMALL = 2**22
-"""Multiplications under which a second thread costs more than it brings."""
+SMALL = 2**19
+"""Multiplications that one thread more has to bring, if it is awake."""
 
+WAKING = 2**22
+"""Multiplications that are worth waking one."""
 
-class Job(NamedTuple):
-    """An attention ready for the kernels; the arrays behind the plan's addresses are kept alive."""
-
-    plan: Plan
-    numbers: Numbers
-    rules: Rules
-    dtype: np.dtype[Any]
-    arrays: tuple[Any, ...]
-    output: NDArray
-    logsumexp: NDArray
+READING = 8
+"""Multiplications that take as long as one whose key is read for it alone."""
 
 
 def attention(
@@ -89,56 +86,74 @@ def attention(
     count = pool.thread_count("cpu.attention", threads)
     job = plan_job("cpu.attention", query, key, value, options)
     run_forward(job, count)
-    return AttentionResult(
-        job.output.reshape(*query.shape[:-1], value.shape[-1]).astype(query.dtype, copy=False),
-        job.logsumexp.reshape(query.shape[:-1]),
-    )
+    return AttentionResult(job.output.astype(query.dtype, copy=False), job.logsumexp)
 
 
 def run_forward(job: Job, threads: int) -> None:
     """Compute the output and the logsumexp of a job, by the kernel that suits its sizes."""
-    from refattn.cpu import decode
-    from refattn.cpu.forward import scratch_size
-
     if decode.suits(job.plan):
         run_decode(job, threads)
         return
-    from refattn.cpu.kernels import forward
-
-    size = scratch_size(job.plan, lanes(job.dtype.itemsize))
-    run(forward, size, job, (), threads)
+    size = forward.scratch_size(job.plan, lanes(job.dtype.itemsize))
+    run(kernels.forward, size, job, None, threads)
 
 
 def run_decode(job: Job, threads: int) -> None:
     """Compute a job of few queries: parts of the keys, then their merge."""
-    from refattn.cpu.decode import parts_of, scratch_size
-    from refattn.cpu.kernels import decode, merge_all
-
-    plan, count = job.plan, parts_of(job.plan)
+    plan, count = job.plan, decode.parts_of(job.plan)
     results = np.empty((plan.batch, plan.heads, plan.n_q, count, 2 + plan.d_v), job.dtype)
     place = np.array([results.ctypes.data, count])
-    size = scratch_size(plan, lanes(job.dtype.itemsize))
-    run(decode, size, job, (place,), threads)
-    zero = job.dtype.type(0)
-    integers, reals = np.array(flatten(plan)), np.array(job.numbers, job.dtype)
-    about = (zero, integers, reals, job.rules.query_lengths, job.rules.sinks, place)
-    prepare(merge_all, *about)
-    merge_all(*about)
+    size = decode.scratch_size(plan, lanes(job.dtype.itemsize))
+    run(kernels.decode, size, job, place, threads, READING)
+    run(kernels.merge_all, 0, job, place, 1)
 
 
-def run(kernel: Any, size: int, job: Job, more: tuple[NDArray, ...], threads: int) -> None:
-    """Run a kernel, with so much scratch a thread, over all work of a job."""
+def run(
+    kernel: Any, size: int, job: Job, more: NDArray | None, threads: int, cost: int = 1
+) -> None:
+    """Run a kernel, with so much scratch a thread, over all work of a job.
+
+    Args:
+        kernel: of `kernels`.
+        size: numbers of scratch a thread.
+        job: of the attention.
+        more: integers that this kernel is told beside the plan.
+        threads: at most.
+        cost: of a multiplication, in those of a long attention.
+    """
     plan = job.plan
-    integers, reals = np.array(flatten(plan)), np.array(job.numbers, job.dtype)
-    about = (integers, reals, *job.rules, *more)
+    job.record[COUNTER] = 0
+    if more is not None:
+        job.record[TABLE + MORE] = more.ctypes.data
     products = plan.batch * plan.heads * plan.n_q * plan.n_k * (plan.d_k + plan.d_v)
-    pool.share(kernel, size, job.dtype, about, threads if products > SMALL else 1)
+    threads = min(threads, products * cost // SMALL)
+    pool.run(kernel, size, job.dtype, job.address, threads, products * cost // WAKING)
 
 
 def plan_job(
     function: str, query: NDArray, key: NDArray, value: NDArray, given: AttentionOptions
 ) -> Job:
     """Check the arguments and describe them to the kernels; no tensor is copied as a whole.
+
+    Raises:
+        ShapeError, DtypeError, OptionError: as the reference.
+        Unsupported: what these kernels do not claim.
+    """
+    asked = key_of(query, key, value, given)
+    form = known(asked)
+    arrays: Arrays = (query, key, value, given.get("mask"), given.get("bias"))
+    if form is None:
+        form, read = describe(function, query, key, value, given)
+        if asked is not None and not any(a is not None and is_odd(a) for a in arrays):
+            keep(asked, form)
+        arrays = read
+    return place(form, arrays)
+
+
+def describe(
+    function: str, query: NDArray, key: NDArray, value: NDArray, given: AttentionOptions
+) -> tuple[Form, Arrays]:
+    """Return the form of a call, and query, key, value, mask and bias as the kernels read them.
 
     Raises:
         ShapeError, DtypeError, OptionError: as the reference.
@@ -155,18 +170,17 @@ def plan_job(
     mask, bias = (_logits(options.get(name), (b, h, n_q, n_k)) for name in ("mask", "bias"))
     slopes, sinks = (_heads(options.get(name), h, dtype) for name in ("slopes", "sinks"))
     output = np.empty((b, h, n_q, d_v), dtype)
-    logsumexp = np.empty((b, h, n_q), dtype)
     left, right = _window(options)
     reals = numbers(dtype, scale, softcap)
     orders = {"before_bias": BEFORE_BIAS, "after_bias": AFTER_BIAS}
     plan = Plan(
-        query=tensor(q),
-        key=tensor(k),
-        value=tensor(v),
-        mask=tensor(mask),
-        bias=tensor(bias),
-        output=tensor(output),
-        logsumexp=logsumexp.ctypes.data,
+        query=strided(q),
+        key=strided(k),
+        value=strided(v),
+        mask=strided(mask),
+        bias=strided(bias),
+        output=strided(output),
+        logsumexp=1,
         storage=STORAGES[dtype_name(query)],
         batch=b,
         heads=h,
@@ -195,7 +209,8 @@ def plan_job(
         np.zeros(h, dtype) if slopes is None else slopes,
         np.zeros(h, dtype) if sinks is None else sinks,
     )
-    return Job(plan, reals, rules, dtype, (q, k, v, mask, bias), output, logsumexp)
+    shape = (*query.shape[:-1], d_v)
+    return form_of(plan, reals, rules, dtype, shape), (q, k, v, mask, bias)
 
 
 def check_claimed(function: str, query: NDArray, options: dict[str, Any]) -> None:

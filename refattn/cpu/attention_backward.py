@@ -8,11 +8,13 @@ import numpy as np
 
 from refattn.attention import AttentionResult
 from refattn.attention_backward import AttentionGradients, check_cotangents
-from refattn.cpu import pool
-from refattn.cpu.attention import Job, NDArray, four_axes, plan_job, run, run_forward
+from refattn.cpu import kernels, pool
+from refattn.cpu.attention import four_axes, plan_job, run, run_forward
+from refattn.cpu.backward import scratch_size
+from refattn.cpu.forms import Job
 from refattn.cpu.gradients import Gradients
 from refattn.cpu.host import lanes
-from refattn.cpu.plan import flatten, tensor
+from refattn.cpu.plan import NDArray, flatten, tensor
 from refattn.cpu.products import ROW_STEP
 from refattn.options import AttentionOptions
 
@@ -76,9 +78,6 @@ def _run(
     job: Job, d_output: NDArray, d_logsumexp: NDArray | None, threads: int
 ) -> dict[str, NDArray]:
     """Run the kernel and return its arrays by name."""
-    from refattn.cpu.backward import scratch_size
-    from refattn.cpu.kernels import backward
-
     plan, dtype = job.plan, job.dtype
     pairs, step = plan.batch * plan.key_heads, max(ROW_STEP, lanes(dtype.itemsize))
     splits = min(max(1, PIECES // max(pairs, 1)), max(1, plan.n_k // plan.key_tile))
@@ -102,7 +101,7 @@ def _run(
     addresses = {"d_bias": 0, "d_logsumexp": 0} | addresses
     grads = Gradients(d_output=tensor(cotangent), splits=splits, keys=keys, **addresses)
     size = scratch_size(plan, lanes(dtype.itemsize))
-    run(backward, size, job, (np.array(flatten(grads)),), threads)
+    run(kernels.backward, size, job, np.array(flatten(grads)), threads)
     return arrays
 
 
@@ -122,7 +121,8 @@ def _finish(
     if options.get("slopes") is not None:
         d_slopes = arrays["d_slopes"].sum(axis=(0, 1)).astype(query.dtype)
     if plan.sinks:
-        weight = np.exp(rules.sinks[:, None] - job.logsumexp)
+        logsumexp = job.logsumexp.reshape(arrays["dots"].shape)
+        weight = np.exp(rules.sinks[:, None] - logsumexp)
         d_sinks = -(weight * arrays["dots"]).sum(axis=(0, 2)).astype(query.dtype)
     d_key = arrays["d_key"][:, :, : plan.n_k, : plan.d_k]
     d_value = arrays["d_value"][:, :, : plan.n_k, : plan.d_v]

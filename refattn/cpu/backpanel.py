@@ -9,8 +9,7 @@ from numba import njit
 from refattn.cpu.copying import copy_rows, copy_transposed, fill, item_size, turn
 from refattn.cpu.host import VECTORS
 from refattn.cpu.online import finite_rows
-from refattn.cpu.panel import up
-from refattn.cpu.products import ROW_STEP
+from refattn.cpu.products import ROW_STEP, up
 from refattn.cpu.simd import advance, fma, lane_count, load, pointer, splat, sum_lanes
 
 

@@ -18,7 +18,6 @@ from refattn.cpu.gradients import read_gradients
 from refattn.cpu.host import VECTORS
 from refattn.cpu.logits import adjust, bar_outside, gather_added, steps_ahead
 from refattn.cpu.online import add_weighted_columns, add_weighted_rows, finite_rows
-from refattn.cpu.panel import up
 from refattn.cpu.plan import (
     BEFORE_BIAS,
     NO_DISTANCE,
@@ -28,7 +27,7 @@ from refattn.cpu.plan import (
     read_numbers,
     read_plan,
 )
-from refattn.cpu.products import ADD, ROW_STEP, multiply
+from refattn.cpu.products import ADD, ROW_STEP, multiply, up
 from refattn.cpu.simd import (
     advance,
     claim,
@@ -173,7 +172,8 @@ def differentiate_tile(
         d, dQ = up(d_k, ROW_STEP), queries.d_query
         multiply(zero, K, 1, k_row, d, dP, width, n, dQ, width, vectors, ADD, dQ)
     else:
-        edge_values(zero, plan, K, k_row, first, rows, j, n, dP, vectors, d_k, queries.d_query)
+        dQ = queries.d_query
+        edge_values(zero, plan, K, k_row, first, rows, j, n, dP, vectors, d_k, dQ, ADD, dQ)
     # lines 16 and 22
     if not whole and queries.finite[0] == zero:
         add_weighted_columns(zero, dP, n, width, queries.Q_rows, padded(d_k, lanes), dK)

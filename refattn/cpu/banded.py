@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from numba import njit
 
-from refattn.cpu.band import lanes_seeing
+from refattn.cpu.band import lanes_seeing, reach
 from refattn.cpu.host import VECTORS
-from refattn.cpu.panel import up
-from refattn.cpu.products import ADD, ROW_STEP, STORE, multiply
+from refattn.cpu.products import ADD, ROW_STEP, STORE, multiply, up
 from refattn.cpu.simd import advance, lane_count
 
 GROUP = 16
@@ -72,19 +71,21 @@ def edge_scores(zero, plan, K, k_row, first, rows, j, n, Q, vectors, d, S):
 
 
 @njit(error_model="numpy")
-def edge_values(zero, plan, V, v_row, first, rows, j, n, P, vectors, d, O):
-    """Add Vᵀ Pᵀ to Oᵀ at the edge of the band, only for the vectors that see some key."""
-    width, rows_out = vectors * lane_count(zero), up(d, ROW_STEP)
-    whole = seen_by_all(plan, first, rows, j, n)
-    if whole > 0:
-        multiply(zero, V, 1, v_row, rows_out, P, width, whole, O, width, vectors, ADD, O)
-    for y in range(whole, n, GROUP):
-        keys = min(GROUP, n - y)
-        start, seeing = vectors_seeing(zero, plan, first, rows, j + y, keys, vectors)
-        start *= lane_count(zero)
-        V_y, P_y = advance(V, y * v_row), advance(P, y * width + start)
-        O_y = advance(O, start)
-        multiply(zero, V_y, 1, v_row, rows_out, P_y, width, keys, O_y, width, seeing, ADD, O_y)
+def edge_values(zero, plan, V, v_row, first, rows, j, n, P, vectors, d, O, mode, scales):
+    """Add Vᵀ Pᵀ to Oᵀ at the edge of the band, for each vector of queries from the keys it sees.
+
+    `mode` and `scales` are those of `products.multiply`.
+    """
+    lanes = lane_count(zero)
+    width, rows_out = vectors * lanes, up(d, ROW_STEP)
+    for start in range(0, width, lanes):
+        low, high, _, _ = reach(plan, first + start, min(lanes, rows - start), j + n)
+        low, high = max(low, j) - j, max(high, j) - j
+        V_l, P_l = advance(V, low * v_row), advance(P, low * width + start)
+        depth, O_v, scales_v = max(0, high - low), advance(O, start), advance(scales, start)
+        multiply(
+            zero, V_l, 1, v_row, rows_out, P_l, width, depth, O_v, width, 1, mode, scales_v
+        )  # fmt: skip
 
 
 @njit(error_model="numpy")

@@ -29,8 +29,8 @@ PATIENCE = 1.0
 """Seconds after which a kernel that is not there yet is said to be compiling."""
 
 
-_ready: set[tuple[Any, type]] = set()
-"""Kernels and formats that need no more preparation."""
+_ready: dict[tuple[Any, type], int] = {}
+"""Kernels and formats that need no more preparation, and where their machine code is."""
 
 
 def source_digest() -> str:
@@ -104,13 +104,17 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
-def prepare(dispatcher: Any, *arguments: Any) -> None:
+def prepare(dispatcher: Any, *arguments: Any) -> int:
     """Load or compile a kernel for the types of some arguments, one process at a time.
 
     A kernel has one signature a computing format, which is the type of its first argument.
+
+    Returns:
+        address: of the kernel as a function of C, which `atomics.call` calls.
     """
-    if (dispatcher, type(arguments[0])) in _ready:
-        return
+    known = _ready.get((dispatcher, type(arguments[0])))
+    if known is not None:
+        return known
     signature = tuple(typeof(argument) for argument in arguments)
     name = f"{dispatcher.py_func.__name__} in {signature[0]}"
     sentence = "compiling the kernel %s: once a machine, about ten seconds"
@@ -124,7 +128,10 @@ def prepare(dispatcher: Any, *arguments: Any) -> None:
             dispatcher.disable_compile()  # another signature is a fault, and would miss the lock
     finally:
         notice.cancel()
-    _ready.add((dispatcher, type(arguments[0])))
+    result = dispatcher.overloads[signature]
+    address = int(result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name))
+    _ready[dispatcher, type(arguments[0])] = address
+    return address
 
 
 @contextlib.contextmanager

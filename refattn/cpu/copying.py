@@ -5,7 +5,7 @@ from __future__ import annotations
 from numba import njit, types
 
 from refattn.cpu.halves import load_bfloat16, load_float16, store_bfloat16, store_float16
-from refattn.cpu.products import ROW_STEP
+from refattn.cpu.products import ROW_STEP, up
 from refattn.cpu.simd import (
     advance,
     from_bits,
@@ -174,10 +174,10 @@ def rows_of(zero, storage, t, b, h, j, n, n_k, d, d_step, target, target_row):
     """Return n rows of keys or values as a pointer and a stride: in place where that can be.
 
     They are copied where they are 16-bit or strided, where the register tiles would read beyond
-    a row's end (d is no multiple of d_step) or beyond the last row.
+    a row's end (d is no multiple of d_step) or, in whole steps of rows, beyond the last row.
     """
     start = t.address + (b * t.batch + h * t.head + j * t.row) * item_size(zero, storage)
-    if storage == NATIVE and t.column <= 1 and d % d_step == 0 and j + n + ROW_STEP <= n_k:
+    if storage == NATIVE and t.column <= 1 and d % d_step == 0 and j + up(n, ROW_STEP) <= n_k:
         return pointer(start, zero), t.row
     copy_rows(zero, start, storage, t.row, t.column, n, d, target, target_row)
     return target, target_row

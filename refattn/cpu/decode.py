@@ -14,9 +14,8 @@ from refattn.cpu.band import reach
 from refattn.cpu.copying import copy_rows, fill, item_size, rows_of
 from refattn.cpu.elementary import exp2
 from refattn.cpu.host import VECTORS
-from refattn.cpu.panel import up
 from refattn.cpu.plan import OPEN, Plan, Rules, read_numbers, read_plan
-from refattn.cpu.products import ADD, multiply
+from refattn.cpu.products import ADD, multiply, up
 from refattn.cpu.simd import (
     add,
     advance,

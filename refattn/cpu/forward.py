@@ -15,9 +15,9 @@ from refattn.cpu.copying import fetch_rows, rows_of
 from refattn.cpu.host import VECTORS
 from refattn.cpu.logits import adjust, bar_outside, gather_added
 from refattn.cpu.online import add_weighted_rows, finite_rows, scale_panel, softmax_tile
-from refattn.cpu.panel import begin_panel, end_panel, leave_empty, panel_at, up
+from refattn.cpu.panel import begin_panel, end_panel, leave_empty, panel_at
 from refattn.cpu.plan import Plan, Rules, read_numbers, read_plan
-from refattn.cpu.products import ROW_STEP, SCALE, multiply
+from refattn.cpu.products import ROW_STEP, SCALE, multiply, up
 from refattn.cpu.simd import (
     advance,
     claim,
@@ -79,15 +79,15 @@ def attend_tile(
     softmax_tile(zero, numbers, S, n, panel, factor)
     # line 12, the division by l left to the end
     all_read = (inside and not terms) or finite_rows(zero, V, v_row, n, plan.d_v)
-    if inside and all_read:
-        d = up(plan.d_v, ROW_STEP)
-        multiply(zero, V, 1, v_row, d, S, width, n, O, width, vectors, SCALE, panel.alpha)
-        return
-    scale_panel(O, panel.alpha, plan.d_v, vectors, zero)
-    if all_read:
-        edge_values(zero, plan, V, v_row, first, rows, j, n, S, vectors, plan.d_v, O)
+    d_v, alpha = plan.d_v, panel.alpha
+    if not all_read:
+        scale_panel(O, alpha, d_v, vectors, zero)
+        add_weighted_rows(zero, V, v_row, n, d_v, S, O, vectors)
+    elif inside:
+        d = up(d_v, ROW_STEP)
+        multiply(zero, V, 1, v_row, d, S, width, n, O, width, vectors, SCALE, alpha)
     else:
-        add_weighted_rows(zero, V, v_row, n, plan.d_v, S, O, vectors)
+        edge_values(zero, plan, V, v_row, first, rows, j, n, S, vectors, d_v, O, SCALE, alpha)
 
 
 @njit(error_model="numpy")
@@ -97,11 +97,11 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
     Spec: FA1-ALG1 lines 6-14, its loops exchanged: rows of Q outside, so that O is written once.
     """
     slopes, sinks = rules.slopes, rules.sinks
-    lanes, count = lane_count(zero), plan.panels
-    width = VECTORS * lanes
-    q0 = block * count * width
-    last = min(plan.n_q, q0 + count * width)
+    width = VECTORS * lane_count(zero)
+    q0 = block * plan.panels * width
+    last = min(plan.n_q, q0 + plan.panels * width)
     valid = max(q0, min(last, rules.query_lengths[b]))
+    count = (valid - q0 + width - 1) // width
     n_k, offset = rules.key_lengths[b], rules.offsets[b]
     leave_empty(zero, plan, numbers, b, h, valid, last, sinks[h])
     d_v = up(plan.d_v, ROW_STEP)
@@ -116,12 +116,11 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
     low, high = n_k, 0
     for p in range(count):
         i = q0 + p * width
-        rows = max(0, min(width, valid - i))
-        if rows > 0:
-            panel = panel_at(zero, plan, panels, p, panel_size, S, added, rows)
-            begin_panel(zero, plan, numbers, b, h, i, rows, sinks[h], panel, buffer)
-            bounds = reach(plan, i + offset, rows, n_k)
-            low, high = min(low, bounds[0]), max(high, bounds[1])
+        rows = min(width, valid - i)
+        panel = panel_at(zero, plan, panels, p, panel_size, S, added, rows)
+        begin_panel(zero, plan, numbers, b, h, i, rows, sinks[h], panel, buffer)
+        bounds = reach(plan, i + offset, rows, n_k)
+        low, high = min(low, bounds[0]), max(high, bounds[1])
     g = h % plan.key_heads if plan.tiled_heads else h // (plan.heads // plan.key_heads)
     # tiles begin at the same keys for every panel, whatever else is in its block
     for j in range(low // plan.key_tile * plan.key_tile, high, plan.key_tile):
@@ -135,10 +134,11 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
         ahead = min(plan.key_tile, high - j - n)
         for p in range(count):
             i = q0 + p * width
-            rows = max(0, min(width, valid - i))
+            rows = min(width, valid - i)
             lo, hi, all_lo, all_hi = reach(plan, i + offset, rows, n_k)
-            start, stop = max(j, lo), min(j + n, hi)
-            if rows > 0 and start < stop:
+            # whole steps of rows from the tile's first key on, so that none beyond its last is read
+            start, stop = max(j, lo // ROW_STEP * ROW_STEP), min(j + n, hi)
+            if start < stop:
                 panel = panel_at(zero, plan, panels, p, panel_size, S, added, rows)
                 K_p, V_p = advance(K, (start - j) * k_row), advance(V, (start - j) * v_row)
                 # the next tile's share that comes while this panel is worked on
@@ -152,10 +152,9 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
                 )  # fmt: skip
     for p in range(count):
         i = q0 + p * width
-        rows = max(0, min(width, valid - i))
-        if rows > 0:
-            panel = panel_at(zero, plan, panels, p, panel_size, S, added, rows)
-            end_panel(zero, plan, b, h, i, rows, panel)
+        rows = min(width, valid - i)
+        panel = panel_at(zero, plan, panels, p, panel_size, S, added, rows)
+        end_panel(zero, plan, b, h, i, rows, panel)
 
 
 def forward(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes, sinks):

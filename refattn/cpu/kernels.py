@@ -1,28 +1,84 @@
-"""The kernels as they are called: one machine-code function a computing format."""
+"""The kernels as they are called: one machine-code function a computing format.
+
+Each is called with a number of the format and two addresses, of scratch memory and of a job: the
+number of claimed pieces, and from `plan.TABLE` on the addresses of what the kernel reads.
+"""
 
 from __future__ import annotations
+
+from numba import njit, types
 
 from refattn.cpu import backward as _backward
 from refattn.cpu import decode as _decode
 from refattn.cpu import forward as _forward
 from refattn.cpu.alibi import bias_rows as _bias_rows
 from refattn.cpu.compiling import kernel
+from refattn.cpu.plan import entry
 from refattn.cpu.rotation import rotate_rows as _rotate_rows
 
-forward = kernel(_forward.forward)
-"""See `refattn.cpu.forward.forward`."""
+forward_blocks = njit(error_model="numpy")(_forward.forward)
+backward_ranges = njit(error_model="numpy")(_backward.backward)
+decode_parts = njit(error_model="numpy")(_decode.decode)
+merge_queries = njit(error_model="numpy")(_decode.merge_all)
+turn_rows = njit(error_model="numpy")(_rotate_rows)
+write_biases = njit(error_model="numpy")(_bias_rows)
 
-backward = kernel(_backward.backward)
-"""See `refattn.cpu.backward.backward`."""
 
-decode = kernel(_decode.decode)
-"""See `refattn.cpu.decode.decode`."""
+@kernel
+def forward(zero, scratch, job):
+    """See `refattn.cpu.forward.forward`."""
+    n = types.int64(0)
+    forward_blocks(
+        zero, scratch, job, entry(job, 0, n), entry(job, 1, zero), entry(job, 2, n),
+        entry(job, 3, n), entry(job, 4, n), entry(job, 5, zero), entry(job, 6, zero),
+    )  # fmt: skip
+    return 0
 
-merge_all = kernel(_decode.merge_all)
-"""See `refattn.cpu.decode.merge_all`."""
 
-rotate_rows = kernel(_rotate_rows)
-"""See `refattn.cpu.rotation.rotate_rows`."""
+@kernel
+def backward(zero, scratch, job):
+    """See `refattn.cpu.backward.backward`."""
+    n = types.int64(0)
+    backward_ranges(
+        zero, scratch, job, entry(job, 0, n), entry(job, 1, zero), entry(job, 2, n),
+        entry(job, 3, n), entry(job, 4, n), entry(job, 5, zero), entry(job, 6, zero),
+        entry(job, 7, n),
+    )  # fmt: skip
+    return 0
 
-bias_rows = kernel(_bias_rows)
-"""See `refattn.cpu.alibi.bias_rows`."""
+
+@kernel
+def decode(zero, scratch, job):
+    """See `refattn.cpu.decode.decode`."""
+    n = types.int64(0)
+    decode_parts(
+        zero, scratch, job, entry(job, 0, n), entry(job, 1, zero), entry(job, 2, n),
+        entry(job, 3, n), entry(job, 4, n), entry(job, 5, zero), entry(job, 6, zero),
+        entry(job, 7, n),
+    )  # fmt: skip
+    return 0
+
+
+@kernel
+def merge_all(zero, scratch, job):
+    """See `refattn.cpu.decode.merge_all`."""
+    n = types.int64(0)
+    merge_queries(
+        zero, entry(job, 0, n), entry(job, 1, zero), entry(job, 3, n), entry(job, 6, zero),
+        entry(job, 7, n),
+    )  # fmt: skip
+    return 0
+
+
+@kernel
+def rotate_rows(zero, scratch, job):
+    """See `refattn.cpu.rotation.rotate_rows`."""
+    turn_rows(zero, scratch, job, entry(job, 0, types.int64(0)))
+    return 0
+
+
+@kernel
+def bias_rows(zero, scratch, job):
+    """See `refattn.cpu.alibi.bias_rows`."""
+    write_biases(zero, scratch, job, entry(job, 0, types.int64(0)))
+    return 0

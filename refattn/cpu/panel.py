@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from numba import njit, types
+from numba import njit
 
 from refattn.cpu.copying import copy_transposed, fill, item_size, turn
 from refattn.cpu.elementary import ones, smallest
 from refattn.cpu.host import VECTORS
-from refattn.cpu.products import ROW_STEP
+from refattn.cpu.products import ROW_STEP, up
 from refattn.cpu.simd import (
     advance,
     convert,
@@ -46,12 +46,6 @@ class Panel(NamedTuple):
     """Bias of one tile and -∞ where a mask forbids, likewise."""
     vectors: Any
     """w in vectors."""
-
-
-@njit(error_model="numpy")
-def up(n, step):
-    """Return n rounded up to a multiple of a step."""
-    return (n + step - 1) // step * step
 
 
 @njit(error_model="numpy")
@@ -109,7 +103,7 @@ def end_panel(zero, plan, b, h, i, rows, panel):
     L = pointer(plan.logsumexp, zero)
     for r in range(rows):
         at = (b * plan.heads + h) * plan.n_q + i + r
-        L[at] = m[r] * 0.6931471805599453 + math.log(types.float64(l[r]))
+        L[at] = m[r] * 0.6931471805599453 + math.log(l[r])
 
 
 @njit(error_model="numpy")

@@ -6,16 +6,25 @@ kernel is compiled once a computing format.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 
 from refattn.backends import Unsupported
 from refattn.checks import is_array
+from refattn.cpu.simd import pointer
 
 NDArray = np.ndarray[Any, Any]
 """A NumPy array of any dtype."""
+
+COUNTER, TABLE = 0, 8
+"""Places in a job, an array of integers: how many pieces of work the threads have claimed; and, a
+cache line on, the addresses of what the kernel reads."""
+
+PLAN, REALS, RULES, MORE = 0, 1, 2, 7
+"""Places in that table: the plan, its numbers, its rules in order, and what a kernel wants more."""
 
 OPEN = 2**40
 """A side of the window without a bound, in tokens."""
@@ -79,6 +88,10 @@ class Plan(NamedTuple):
     """Panels of queries that share each tile in the forward kernel."""
 
 
+ADDRESSES = (0, 5, 10, 15, 20, 25, 30)
+"""Places in a flat plan: the addresses of query, key, value, mask, bias, output and logsumexp."""
+
+
 class Numbers(NamedTuple):
     """The real numbers of one attention, in the computing format."""
 
@@ -121,32 +134,41 @@ def check_numpy(function: str, **arrays: Any) -> None:
 
 
 def whole_elements(array: NDArray) -> NDArray:
-    """Return an array as the kernels read it, copied only if its elements are odd.
+    """Return an array as the kernels read it, copied only if it is odd."""
+    return array.astype(array.dtype.newbyteorder("="), order="C") if is_odd(array) else array
 
-    Odd are another byte order, and elements that lie at no multiple of their size.
-    """
+
+def is_odd(array: NDArray) -> bool:
+    """Tell whether an array's elements lie at no multiple of their size, or in another order."""
     odd = any(s % array.itemsize for s in array.strides) or not array.flags.aligned
-    if odd or not array.dtype.isnative:
-        return array.astype(array.dtype.newbyteorder("="), order="C")
-    return array
+    return odd or not array.dtype.isnative
 
 
-def tensor(array: np.ndarray[Any, Any] | None) -> Tensor:
-    """Return where an array of four axes lies; an axis of size 1 has stride 0."""
+def tensor(array: NDArray) -> Tensor:
+    """Return where an array of four axes lies."""
+    return strided(array)._replace(address=array.ctypes.data)
+
+
+def strided(array: NDArray | None) -> Tensor:
+    """Return the strides of an array of four axes, at address 1, or zeros where there is none.
+
+    An axis of size 1 has stride 0.
+    """
     if array is None:
         return Tensor(0, 0, 0, 0, 0)
-    strides = [s // array.itemsize for s in array.strides]
-    strides = [0 if n == 1 else s for n, s in zip(array.shape, strides, strict=True)]
+    size = array.itemsize
+    strides = [0 if n == 1 else s // size for n, s in zip(array.shape, array.strides, strict=True)]
     if array.shape[-1] == 1:
         strides[-1] = 1  # one column is contiguous
-    return Tensor(array.ctypes.data, *strides)
+    return Tensor(1, *strides)
 
 
 def numbers(dtype: Any, scale: float, softcap: float | None) -> Numbers:
     """Return the real numbers of an attention, each rounded once."""
-    size, log2_e = abs(scale), 1.0 / np.log(2.0)
-    values = (size, softcap or 1.0, log2_e, size * log2_e, np.log(2.0), np.inf, 1.0)
-    return Numbers(*(np.dtype(dtype).type(value) for value in values))
+    size, ln_2 = abs(scale), math.log(2.0)
+    log2_e = 1.0 / ln_2
+    values = (size, softcap or 1.0, log2_e, size * log2_e, ln_2, math.inf, 1.0)
+    return Numbers(*map(np.dtype(dtype).type, values))
 
 
 def flatten(record: tuple[Any, ...]) -> list[int]:
@@ -179,3 +201,9 @@ def read_plan(i):
 def read_numbers(x):
     """Return the numbers of an array of them."""
     return Numbers(x[0], x[1], x[2], x[3], x[4], x[5], x[6])
+
+
+@njit(error_model="numpy")
+def entry(job, place, like):
+    """Return what a job's table has at a place, by pointer to numbers of the type of `like`."""
+    return pointer(pointer(job, types.int64(0))[TABLE + place], like)

@@ -23,6 +23,12 @@ ROW_STEP = 8
 """Rows of a product come in multiples of this; what is beyond the true rows is never read."""
 
 
+@njit(error_model="numpy")
+def up(n, step):
+    """Return n rounded up to a multiple of a step."""
+    return (n + step - 1) // step * step
+
+
 def _block(rows: int, vectors: int) -> Any:
     """Return the product for one register tile of a fixed size."""
 
