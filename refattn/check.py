@@ -19,6 +19,10 @@ REQUIRE = "REFATTN_REQUIRE"
 """Environment variable with names, comma-separated, whose absence is a failure."""
 
 
+DEVICE, ON_DEVICE = "cuda", ("numba-cuda",)
+"""The name of a CUDA device, which a simulator is not, and the backends that run on one."""
+
+
 class Job(NamedTuple):
     """One case for one backend in one dtype."""
 
@@ -67,7 +71,9 @@ def present(names: Sequence[str] = ()) -> tuple[list[Backend], dict[str, str]]:
                 raise
             absent[name] = str(error)
             continue
-        if backend.simulator and not names and not required([name]):
+        if backend.simulator and DEVICE in required_names():
+            absent[name] = f"backend {name} runs by {backend.simulator}, but {REQUIRE} has {DEVICE}"
+        elif backend.simulator and not names and name not in required_names():
             absent[name] = (
                 f"backend {name} is left out: no device is here, and {backend.simulator} takes "
                 f"minutes; to run it: refattn check --backend {name}"
@@ -77,10 +83,15 @@ def present(names: Sequence[str] = ()) -> tuple[list[Backend], dict[str, str]]:
     return found, absent
 
 
+def required_names() -> set[str]:
+    """Return the names in the environment variable `REFATTN_REQUIRE`."""
+    return {name.strip() for name in os.environ.get(REQUIRE, "").split(",")}
+
+
 def required(absent: Iterable[str]) -> list[str]:
     """Return the absent backends whose presence the environment requires."""
-    names = {name.strip() for name in os.environ.get(REQUIRE, "").split(",")}
-    return [name for name in absent if name in names]
+    names = required_names()
+    return [name for name in absent if name in names or (DEVICE in names and name in ON_DEVICE)]
 
 
 def jobs(

@@ -8,15 +8,10 @@ import numpy as np
 import pytest
 
 from refattn.arrays import FLOATS, numpy_dtype
-from refattn.backends import (
-    BACKENDS,
-    CLAIMS,
-    OPS,
-    BackendAbsent,
-    Unsupported,
-    claiming,
-    load,
-)
+from refattn.backends import BACKENDS, CLAIMS, OPS, BackendAbsent, Unsupported, claiming, load
+
+GPU = ("numba-cuda", "cupy")
+"""Backends of the GPU package."""
 
 
 def _drawn(*shape: int) -> np.ndarray:
@@ -158,10 +153,18 @@ def test_numpy_computes_in_the_dtype_that_is_asked_for() -> None:
     assert errors[0] == 0 < errors[1] < errors[2] < errors[3] < 0.01
 
 
-def test_an_absent_backend_says_why() -> None:
-    for name in set(BACKENDS) - set(CLAIMS):
-        with pytest.raises(BackendAbsent, match=f"backend {name} is absent: not part of this"):
-            load(name)
+def test_every_backend_claims_something() -> None:
+    assert set(BACKENDS) == set(CLAIMS)
+    assert set().union(*CLAIMS.values()) <= set(OPS)
+
+
+@pytest.mark.parametrize("name", ["numba-cuda", "cupy"])
+def test_without_the_gpu_package_its_backends_are_absent(name: str, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    with pytest.raises(
+        BackendAbsent, match=f"backend {name} is absent: the package refattn_gpu is not installed"
+    ):
+        load(name)
 
 
 def test_a_backend_without_its_package_names_the_command(monkeypatch) -> None:
@@ -189,12 +192,12 @@ def test_what_is_not_claimed_is_refused() -> None:
 
 def test_a_backend_is_credited_with_the_clauses_that_its_text_states() -> None:
     assert set(CLAIMS["numpy"]) == set(OPS) == set(CALLS)
-    assert claiming("ROPE-EQ34", {"rope"}) == ("numpy", "numba", "cupy")
+    assert claiming("ROPE-EQ34", {"rope"}) == ("numpy", "numba", *GPU)
     assert claiming("OWN-ROPE5", {"rope"}) == claiming("ALIBI-S3c", {"alibi"}) == ("numpy",)
-    assert claiming("VAS-EQ1", {"attention"}) == ("numpy", "numpy-tiled", "numba", "cupy")
-    assert claiming("FA1-ALG4", {"attention"}) == ("numpy-tiled", "numba")
+    assert claiming("VAS-EQ1", {"attention"}) == ("numpy", "numpy-tiled", "numba", *GPU)
+    assert claiming("FA1-ALG4", {"attention"}) == ("numpy-tiled", "numba", "numba-cuda")
     tiled = {"attention", "tiles"}
-    assert claiming("FA1-ALG1", tiled) == ("numpy", "numpy-tiled", "numba", "cupy")
+    assert claiming("FA1-ALG1", tiled) == ("numpy", "numpy-tiled", "numba", *GPU)
     assert claiming("FA1-ALG3", {"attention"}) == ("numpy", "cupy")
     assert claiming("VAS-EQ1", {"convolution"}) == claiming("VAS-EQ1", ()) == ()
 

@@ -59,8 +59,8 @@ def picture() -> str:
         f"{tiles.features_each} of O_i a thread, {tiles.threads} threads a block",
         _tile_parts(tiles),
         (
-            f"thread {THREAD} computes the dark cells, in registers, from the light, in shared memory;",
-            f"the {tiles.lanes} threads of a row tell each other its maximum",
+            f"thread {THREAD} computes the dark cells, in registers, from the light ones;",
+            f"Q_i, K_j, V_j are shared; the {tiles.lanes} threads of a row share its maximum too",
         ),
     )
     height = 30.0 + _height((rows.rows, rows.cols)) + _height((tiles.rows, tiles.cols))

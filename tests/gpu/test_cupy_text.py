@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -122,11 +123,19 @@ def test_what_is_not_claimed_is_refused() -> None:
 
 
 def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    _find(monkeypatch, None)
     with pytest.raises(
         BackendAbsent, match=r'backend cupy is absent: cupy is not .* "refattn\[cuda13\]"'
     ):
         load("cupy")
+
+
+def _find(monkeypatch: pytest.MonkeyPatch, spec: Any) -> None:
+    """Let cupy, and nothing else, be found or not."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: spec if name == "cupy" else find(name)
+    )
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, count: Any) -> None:
@@ -136,7 +145,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, count: Any) -> None:
         cuda=SimpleNamespace(runtime=runtime), asarray=np.asarray, asnumpy=np.asarray
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)  # type: ignore[arg-type]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    _find(monkeypatch, object())
 
 
 def test_a_missing_driver_or_device_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,12 +72,13 @@ def test_a_simulated_run_says_that_it_is_one(whole: dict[str, Any]) -> None:
 
 def test_conformance_counts_runs_by_backend_and_dtype(whole: dict[str, Any]) -> None:
     found = whole["stages"]["conformance"]["results"]
-    tallies = found["numba-cuda"]["by_dtype"]
-    assert {"float32", "float64"} <= set(tallies)
-    for tally in tallies.values():
-        assert tally["passed"] > 0 == tally["failed"]
-        assert 0 < tally["ratio"] <= 1
-    assert found["numba-cuda"]["runs"] == found["numba-cuda"]["of"]
+    for name in ("numba-cuda", "numba-cuda rows"):
+        tallies = found[name]["by_dtype"]
+        assert {"float32", "float64"} <= set(tallies)
+        for tally in tallies.values():
+            assert tally["passed"] > 0 == tally["failed"]
+            assert 0 < tally["ratio"] <= 1
+        assert found[name]["runs"] == found[name]["of"]
 
 
 def test_determinism_counts_different_results(whole: dict[str, Any]) -> None:

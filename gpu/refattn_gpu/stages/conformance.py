@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from refattn.backends import Backend, BackendAbsent, load
@@ -36,7 +37,9 @@ def run(on: Ground, put: Put) -> None:
         except BackendAbsent as absent:
             put(name, {"absent": str(absent)})
             continue
-        _run_backend(backend, cases, put)
+        _run_backend(backend, name, cases, put)
+        if name == "numba-cuda":
+            _run_backend(backend, f"{name} rows", _by_rows(cases), put)
 
 
 def _few(cases: tuple[Case, ...]) -> list[Case]:
@@ -45,11 +48,20 @@ def _few(cases: tuple[Case, ...]) -> list[Case]:
     return [case for case, _ in zip(small, range(FEW), strict=False)]
 
 
+def _by_rows(cases: list[Case]) -> list[Case]:
+    """Return the cases of attention, for the other form of the kernels."""
+    return [
+        replace(case, conventions={**case.conventions, "form": "rows"})
+        for case in cases
+        if case.op == "attention"
+    ]
+
+
 def _size(case: Case) -> int:
     return sum(array.size for array in case.inputs.values())
 
 
-def _run_backend(backend: Backend, cases: list[Case], put: Put) -> None:
+def _run_backend(backend: Backend, name: str, cases: list[Case], put: Put) -> None:
     begin = time.perf_counter()
     tallies: dict[str, dict[str, Any]] = {}
     reasons: Counter[str] = Counter()
@@ -60,13 +72,13 @@ def _run_backend(backend: Backend, cases: list[Case], put: Put) -> None:
         tally = tallies.setdefault(job.dtype, dict(passed=0, failed=0, not_run=0, ratio=0.0))
         _count(tally, result, job)
         if result.verdict == "failed":
-            put(f"finding {backend.name} {job.dtype} {job.case.id}", result.reason)
+            put(f"finding {name} {job.dtype} {job.case.id}", result.reason)
         elif result.verdict == "not run":
             reasons[result.reason] += 1
         if count % OFTEN == 0 or count == len(todo):
             seconds = round(time.perf_counter() - begin, 3)
             done = {"runs": count, "of": len(todo), "seconds": seconds}
-            put(backend.name, done | {"by_dtype": tallies, "not_run": dict(reasons)})
+            put(name, done | {"by_dtype": tallies, "not_run": dict(reasons)})
 
 
 def _count(tally: dict[str, Any], result: Result, job: Job) -> None:

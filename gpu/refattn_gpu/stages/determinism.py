@@ -50,8 +50,9 @@ def _passes(form: str) -> dict[str, Call]:
         return tuple(numba_cuda.attention(query, key, value, form=form, causal=True))
 
     def backward(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:
-        options = {"form": form, "causal": True}
-        gradients = numba_cuda.attention_backward(d_output, query, key, value, **options)
+        gradients = numba_cuda.attention_backward(
+            d_output, query, key, value, form=form, causal=True
+        )
         return tuple(x for x in gradients if x is not None)
 
     return {"forward": forward, "backward": backward}
