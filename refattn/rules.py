@@ -36,7 +36,7 @@ def sees(left: int, right: int, position: int, j: int) -> bool:
     return -left <= j - position <= right
 
 
-def reach(left: int, right: int, first: int, rows: int, n_k: int) -> tuple[int, int, int, int]:
+def keys_seen(left: int, right: int, first: int, rows: int, n_k: int) -> tuple[int, int, int, int]:
     """Return the keys that some row of a tile sees, and the keys that every row sees.
 
     Spec: OWN-CAUSAL1, OWN-WINDOW1, OWN-LENGTH1.

@@ -11,7 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 from refattn_gpu.device import cuda
-from refattn_gpu.numba_cuda.bound import cell_rules, key_head, query_head, reach, rows_seeing, steps
+from refattn_gpu.numba_cuda.bound import (
+    cell_rules,
+    key_head,
+    keys_seen,
+    query_head,
+    rows_seeing,
+    steps,
+)
 from refattn_gpu.numba_cuda.loading import tile_loads
 from refattn_gpu.numba_cuda.shapes import RowShape
 
@@ -89,7 +96,9 @@ def backward_query_rows(real: Any, shape: RowShape) -> Any:
                 dO_i[x] = saved.d_output[b, h, i, x]
 
         first = band.offsets[b] + i_first
-        low, high, _, _ = reach(band.left, band.right, first, B_r, min(n_k, band.key_lengths[b]))
+        low, high, _, _ = keys_seen(
+            band.left, band.right, first, B_r, min(n_k, band.key_lengths[b])
+        )
         for j_first in range(low // B_c * B_c, high, B_c):  # line 6
             keys = min(B_c, n_k - j_first)
             cuda.syncthreads()  # until every row is done with the tile before

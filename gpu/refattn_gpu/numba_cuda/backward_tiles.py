@@ -12,7 +12,14 @@ import math
 from typing import Any
 
 from refattn_gpu.device import cuda, leaf
-from refattn_gpu.numba_cuda.bound import cell_rules, key_head, query_head, reach, rows_seeing, steps
+from refattn_gpu.numba_cuda.bound import (
+    cell_rules,
+    key_head,
+    keys_seen,
+    query_head,
+    rows_seeing,
+    steps,
+)
 from refattn_gpu.numba_cuda.loading import tile_loads
 from refattn_gpu.numba_cuda.shapes import TileShape
 
@@ -121,7 +128,9 @@ def backward_query_tiles(real: Any, shape: TileShape) -> Any:
         load_columns(dO_i, saved.d_output, b, h, i_first, n_q - i_first, B_r, thread)
 
         first = band.offsets[b] + i_first
-        low, high, _, _ = reach(band.left, band.right, first, B_r, min(n_k, band.key_lengths[b]))
+        low, high, _, _ = keys_seen(
+            band.left, band.right, first, B_r, min(n_k, band.key_lengths[b])
+        )
         for j_first in range(low // B_c * B_c, high, B_c):  # line 6
             cuda.syncthreads()  # until every thread is done with the tile before
             odd = load_columns(K_j, operands.key, b, g, j_first, n_k - j_first, B_c, thread)

@@ -9,7 +9,7 @@ from typing import Any
 from refattn import rules
 from refattn_gpu.device import leaf
 
-sees, reach, rows_seeing = leaf(rules.sees), leaf(rules.reach), leaf(rules.rows_seeing)
+sees, keys_seen, rows_seeing = leaf(rules.sees), leaf(rules.keys_seen), leaf(rules.rows_seeing)
 key_head, query_head, steps = leaf(rules.key_head), leaf(rules.query_head), leaf(rules.steps)
 soften, softcap_slope = leaf(rules.soften), leaf(rules.softcap_slope)
 rescale = leaf(rules.rescale)

@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 from refattn_gpu.device import cuda
-from refattn_gpu.numba_cuda.bound import cell_rules, key_head, reach, rescale
+from refattn_gpu.numba_cuda.bound import cell_rules, key_head, keys_seen, rescale
 from refattn_gpu.numba_cuda.loading import tile_loads
 from refattn_gpu.numba_cuda.shapes import RowShape
 
@@ -64,7 +64,9 @@ def attention_rows(real: Any, shape: RowShape) -> Any:
                 Q_i[x] = operands.query[b, h, i, x]
 
         first = band.offsets[b] + i_first
-        low, high, _, _ = reach(band.left, band.right, first, B_r, min(n_k, band.key_lengths[b]))
+        low, high, _, _ = keys_seen(
+            band.left, band.right, first, B_r, min(n_k, band.key_lengths[b])
+        )
         for j_first in range(low // B_c * B_c, high, B_c):  # line 5
             keys = min(B_c, n_k - j_first)
             cuda.syncthreads()  # until every row is done with the tile before

@@ -14,7 +14,7 @@ import math
 from typing import Any
 
 from refattn_gpu.device import cuda
-from refattn_gpu.numba_cuda.bound import cell_rules, key_head, reach, rescale
+from refattn_gpu.numba_cuda.bound import cell_rules, key_head, keys_seen, rescale
 from refattn_gpu.numba_cuda.loading import tile_loads
 from refattn_gpu.numba_cuda.shapes import TileShape
 
@@ -77,7 +77,7 @@ def attention_tiles(real: Any, shape: TileShape) -> Any:
 
         n_valid = min(n_k, band.key_lengths[b])
         first = band.offsets[b] + i_first
-        low, high, all_low, all_high = reach(band.left, band.right, first, B_r, n_valid)
+        low, high, all_low, all_high = keys_seen(band.left, band.right, first, B_r, n_valid)
         masked = terms.mask.size or terms.bias.size or i_first + B_r > band.query_lengths[b]
         for j_first in range(low // B_c * B_c, high, B_c):  # line 5
             cuda.syncthreads()  # until every thread is done with the tile before
