@@ -118,13 +118,18 @@ def kernel(function: Callable[..., Any]) -> Any:
     return cuda.jit(function)
 
 
+def types() -> Any:
+    """Return Numba's types, in which the arguments of a kernel are stated."""
+    return importlib.import_module("numba").types
+
+
 def compile_ptx(function: Any, signature: tuple[Any, ...], cc: tuple[int, int]) -> str:
     """Return the PTX of a kernel for a compute capability, on a machine with or without a device.
 
     Numba asks the current device for the capability whenever a kernel calls a leaf, though the
     leaf's code is made for the one that was given: a stand-in answers in its place.
     """
-    dispatcher = importlib.import_module("numba.cuda.dispatcher")
+    dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")
     asked = dispatcher.get_current_device
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
     try:

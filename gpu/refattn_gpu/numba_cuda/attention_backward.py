@@ -189,7 +189,7 @@ def _backward_kernels(form: str, dtype: str, d: int) -> BackwardKernels:
         return BackwardKernels(
             dots, *(Kernel(device.kernel(text(real, row)), row.rows, row.rows) for text in texts)
         )
-    texts = backward_tiles.backward_query_tiles, backward_tiles.backward_key_tiles
+    tiled = backward_tiles.backward_query_tiles, backward_tiles.backward_key_tiles
     return BackwardKernels(
-        dots, *(Kernel(device.kernel(text(real, tile)), tile.rows, tile.threads) for text in texts)
+        dots, *(Kernel(device.kernel(text(real, tile)), tile.rows, tile.threads) for text in tiled)
     )

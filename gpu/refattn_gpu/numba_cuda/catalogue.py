@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from refattn_gpu import device
 from refattn_gpu.numba_cuda import (
     backward_rows,
     backward_tiles,
@@ -23,7 +24,7 @@ DTYPES = ("float32", "float64")
 INPUTS = (records.Operands, records.Band, records.Terms)
 """What all kernels of attention read."""
 
-RECORDS: dict[str, tuple[type[tuple[Any, ...]], ...]] = {
+RECORDS: dict[str, tuple[Any, ...]] = {
     "forward_rows": (records.Results, *INPUTS),
     "forward_tiles": (records.Results, *INPUTS),
     "backward_dots": (records.Dots, records.Rows),
@@ -105,10 +106,9 @@ def _by_elements(dtype: str) -> Iterator[Entry]:
         yield Entry(name, dtype, 0, text, _signature(dtype, *RECORDS[name]), elements.THREADS)
 
 
-def _signature(dtype: str, *kinds: type[tuple[Any, ...]]) -> tuple[Any, ...]:
+def _signature(dtype: str, *kinds: Any) -> tuple[Any, ...]:
     """Return Numba's types of records whose real numbers are of a format."""
-    from numba import types
-
+    types = device.types()
     real = getattr(types, dtype)
     axes = {
         **dict.fromkeys(("logsumexp", "dots", "d_logsumexp", "d_slopes"), real[:, :, ::1]),

@@ -101,9 +101,9 @@ def _rotated(function: str, x: Array, cosine: Array, sine: Array, pairing: str) 
     n, d = x.shape[-2:]
     rows = xp.ascontiguousarray(xp.reshape(xp.astype(wide, wide.dtype, copy=False), (-1, n, d)))
     half = cosine.shape[-1]
-    tables = (xp.ascontiguousarray(xp.reshape(t, (-1, n, half))) for t in (cosine, sine))
+    cos, sin = (xp.ascontiguousarray(xp.reshape(t, (-1, n, half))) for t in (cosine, sine))
     results = elements.Rotated(xp.empty(rows.shape, dtype=wide.dtype))
-    rotation = elements.Rotation(rows, *tables, int(pairing == "half_split"))
+    rotation = elements.Rotation(rows, cos, sin, int(pairing == "half_split"))
     _launch("rotate_pairs", wide, rows.shape[0] * n * (d - half), results, rotation)
     return narrow(xp.reshape(results.rotated, x.shape), x)
 
