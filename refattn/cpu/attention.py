@@ -196,9 +196,7 @@ def describe(
         softcap=NO_SOFTCAP if softcap is None else orders[options["softcap_order"]],
         sinks=int(sinks is not None),
         negative=int(scale < 0),
-        terms=int(
-            any(x is not None for x in (mask, bias, slopes, softcap)) or reals.scale_log2_e == 0
-        ),
+        terms=int(any(x is not None for x in (bias, slopes, softcap)) or reals.scale_log2_e == 0),
         key_tile=tiling.key_tile(d_k, d_v),
         panels=tiling.panels(b * h, n_q, d_k, d_v, lanes(dtype.itemsize)),
     )

@@ -14,9 +14,10 @@ from refattn.cpu.band import reach
 from refattn.cpu.banded import edge_outer, edge_scores, edge_values, outer, scores
 from refattn.cpu.copying import fill, rows_of
 from refattn.cpu.elementary import exp2, smallest
+from refattn.cpu.flags import ALL, NONE, SOME, census
 from refattn.cpu.gradients import read_gradients
 from refattn.cpu.host import VECTORS
-from refattn.cpu.logits import adjust, bar_outside, gather_added, steps_ahead
+from refattn.cpu.logits import adjust, bar_masked, bar_outside, steps_ahead
 from refattn.cpu.online import add_weighted_columns, add_weighted_rows, finite_rows
 from refattn.cpu.panel import up
 from refattn.cpu.plan import (
@@ -119,7 +120,7 @@ def keep_added(zero, plan, grads, b, h, i, rows, first, j, n, d_added, queries):
                 target[start + y] = d_added[y * vectors * lanes + x]
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def differentiate_tile(
     zero, plan, numbers, grads, slope, b, h, i, rows, first, tiles, j, n, inside, queries
 ):
@@ -145,6 +146,9 @@ def differentiate_tile(
         queries: the panel.
     """
     K, k_row, V, v_row, dK, dV, S, dP, bend, added = tiles
+    seen = census(plan.mask, b, h, i, rows, j, n)
+    if seen == NONE:
+        return
     vectors, terms, lanes = queries.vectors, plan.terms != 0, lane_count(zero)
     width, d_k, d_v = vectors * lanes, plan.d_k, plan.d_v
     # lines 11 and 15
@@ -155,9 +159,11 @@ def differentiate_tile(
         edge_scores(zero, plan, K, k_row, first, rows, j, n, queries.Q, vectors, d_k, S)
         edge_scores(zero, plan, V, v_row, first, rows, j, n, queries.G, vectors, d_v, dP)
     if terms:
-        if plan.mask.address != 0 or plan.bias.address != 0:
-            gather_added(zero, plan, numbers, b, h, i, rows, j, n, added, width)
-        adjust(zero, plan, numbers, slope, first, j, n, S, added, vectors, bend, True)
+        adjust(
+            zero, plan, numbers, slope, b, h, i, rows, first, j, n, S, added, vectors, bend, True
+        )
+    if seen == SOME:
+        bar_masked(zero, plan, numbers, b, h, i, rows, j, n, S, width)
     if not inside:
         bar_outside(zero, plan, numbers, first, rows, j, n, S, vectors)
     # lines 13 and 17
@@ -165,7 +171,7 @@ def differentiate_tile(
     differentiate(zero, plan, numbers, S, dP, bend, n, queries, factor)
     if terms:
         keep_added(zero, plan, grads, b, h, i, rows, first, j, n, bend, queries)
-    whole = inside and not terms
+    whole = inside and seen == ALL and plan.bias.address == 0
     # line 21
     if not whole and not finite_rows(zero, K, k_row, n, d_k):
         add_weighted_rows(zero, K, k_row, n, d_k, dP, queries.d_query, vectors)
@@ -187,7 +193,7 @@ def differentiate_tile(
         edge_outer(zero, plan, S, first, rows, j, n, queries.G_rows, wide_v, vectors, dV)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, scratch):
     """Add what one block of queries, `PANELS` panels, contributes to a range of keys."""
     lanes = lane_count(zero)

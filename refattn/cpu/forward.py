@@ -12,8 +12,9 @@ from numba import njit, types
 from refattn.cpu.band import reach
 from refattn.cpu.banded import edge_scores, edge_values, scores
 from refattn.cpu.copying import fetch_rows, rows_of
+from refattn.cpu.flags import ALL, NONE, SOME, census
 from refattn.cpu.host import VECTORS
-from refattn.cpu.logits import adjust, bar_outside, gather_added
+from refattn.cpu.logits import adjust, bar_masked, bar_outside
 from refattn.cpu.online import add_weighted_rows, finite_rows, scale_panel, softmax_tile
 from refattn.cpu.panel import begin_panel, end_panel, leave_empty, panel_at, up
 from refattn.cpu.plan import Plan, Rules, read_numbers, read_plan
@@ -24,6 +25,7 @@ from refattn.cpu.simd import (
     lane_count,
     pointer,
 )
+from refattn.cpu.subnormal import FLUSH, control_word, set_control_word
 
 
 def scratch_size(plan: Plan, lanes: int) -> int:
@@ -34,9 +36,26 @@ def scratch_size(plan: Plan, lanes: int) -> int:
     return panels + 2 * tile * width + tile * (d_k + d_v) + width * max(d_k, d_v)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def attend_tile(
-    zero, plan, numbers, slope, b, h, i, rows, first, K, k_row, V, v_row, j, n, inside, panel
+    zero,
+    plan,
+    numbers,
+    slope,
+    b,
+    h,
+    i,
+    rows,
+    first,
+    K,
+    k_row,
+    V,
+    v_row,
+    j,
+    n,
+    inside,
+    finite,
+    panel,
 ):
     """Attend from one panel of queries to one tile of keys.
 
@@ -59,8 +78,12 @@ def attend_tile(
         j: the tile's first key.
         n: keys of the tile.
         inside: whether every row sees every key of the tile.
+        finite: whether the values are known to be finite.
         panel: of the queries.
     """
+    seen = census(plan.mask, b, h, i, rows, j, n)
+    if seen == NONE:
+        return
     Q, O, S, added, vectors = panel.Q, panel.O, panel.S, panel.added, panel.vectors
     width, terms = vectors * lane_count(zero), plan.terms != 0
     # line 9
@@ -69,16 +92,20 @@ def attend_tile(
     else:
         edge_scores(zero, plan, K, k_row, first, rows, j, n, Q, vectors, plan.d_k, S)
     if terms:
-        if plan.mask.address != 0 or plan.bias.address != 0:
-            gather_added(zero, plan, numbers, b, h, i, rows, j, n, added, width)
-        adjust(zero, plan, numbers, slope, first, j, n, S, added, vectors, added, False)
+        adjust(
+            zero, plan, numbers, slope, b, h, i, rows, first, j, n, S, added, vectors, added, False
+        )
+    if seen == SOME:
+        bar_masked(zero, plan, numbers, b, h, i, rows, j, n, S, width)
     if not inside:
         bar_outside(zero, plan, numbers, first, rows, j, n, S, vectors)
     # lines 10-11
     factor = numbers.log2_e if terms else numbers.scale_log2_e
     softmax_tile(zero, numbers, S, n, panel, factor)
     # line 12, the division by l left to the end
-    all_read = (inside and not terms) or finite_rows(zero, V, v_row, n, plan.d_v)
+    allowed = inside and seen == ALL and plan.bias.address == 0
+    given = plan.mask.address != 0 or plan.bias.address != 0
+    all_read = allowed or finite or (not given and finite_rows(zero, V, v_row, n, plan.d_v))
     if inside and all_read:
         d = up(plan.d_v, ROW_STEP)
         multiply(zero, V, 1, v_row, d, S, width, n, O, width, vectors, SCALE, panel.alpha)
@@ -90,7 +117,7 @@ def attend_tile(
         add_weighted_rows(zero, V, v_row, n, plan.d_v, S, O, vectors)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
     """Attend from one block of queries, `plan.panels` panels, to all keys in reach.
 
@@ -133,6 +160,8 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
             zero, plan.storage, plan.value, b, g, j, n, plan.n_k, plan.d_v, ROW_STEP, values, d_v
         )
         ahead = min(plan.key_tile, high - j - n)
+        given = plan.mask.address != 0 or plan.bias.address != 0
+        finite = given and finite_rows(zero, V, v_row, n, plan.d_v)
         for p in range(count):
             i = q0 + p * width
             rows = max(0, min(width, valid - i))
@@ -148,7 +177,7 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
                 inside = start >= all_lo and stop <= all_hi
                 attend_tile(
                     zero, plan, numbers, slopes[h], b, h, i, rows, i + offset,
-                    K_p, k_row, V_p, v_row, start, stop - start, inside, panel,
+                    K_p, k_row, V_p, v_row, start, stop - start, inside, finite, panel,
                 )  # fmt: skip
     for p in range(count):
         i = q0 + p * width
@@ -178,6 +207,8 @@ def forward(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes, 
     size = plan.panels * VECTORS * lane_count(zero)
     blocks, pairs = (plan.n_q + size - 1) // size, plan.batch * plan.heads
     room, claimed = pointer(scratch, zero), pointer(counter, types.int64(0))
+    word = control_word()
+    set_control_word(types.uint32(word | types.uint32(FLUSH)))
     t = claim(claimed)
     while t < blocks * pairs:
         # the last blocks first: under a causal mask they are the longest
@@ -185,3 +216,4 @@ def forward(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes, 
         b, h = pair // plan.heads, pair % plan.heads
         attend_block(zero, plan, numbers, rules, b, h, block, room)
         t = claim(claimed)
+    set_control_word(word)
