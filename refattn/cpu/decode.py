@@ -53,7 +53,8 @@ def suits(plan: Plan) -> bool:
     """Return whether a plan is for `decode`: few rows, all of them seeing the same keys."""
     rows = plan.n_q * (plan.heads // plan.key_heads)
     banded = plan.left < OPEN or plan.right < OPEN
-    return rows <= MOST_ROWS and not plan.terms and (plan.n_q == 1 or not banded)
+    plain = not (plan.terms or plan.mask.address or plan.keep.address or plan.reads)
+    return rows <= MOST_ROWS and plain and (plan.n_q == 1 or not banded)
 
 
 def scratch_size(plan: Plan, lanes: int) -> int:

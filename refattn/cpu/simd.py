@@ -253,6 +253,16 @@ def where_less(typing: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
 
 
 @intrinsic
+def where_equal(typing: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
+    """Return `yes` in the lanes where a = b, else `no`."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered("==", args[0], args[1]), args[2], args[3])
+
+    return a(a, a, a, a), emit
+
+
+@intrinsic
 def power_of_two(typing: Any, shifted: Any) -> Any:
     """Return 2ⁿ, where the lowest bits of each number hold n plus the exponent's bias."""
 
