@@ -54,7 +54,7 @@ def suits(plan: Plan) -> bool:
     """Return whether a plan is for `decode`: few rows, all of them seeing the same keys."""
     rows = plan.n_q * (plan.heads // plan.key_heads)
     banded = plan.left < OPEN or plan.right < OPEN
-    plain = not plan.terms and not plan.mask.address
+    plain = not (plan.terms or plan.mask.address or plan.keep.address or plan.reads)
     return rows <= MOST_ROWS and plain and (plan.n_q == 1 or not banded)
 
 

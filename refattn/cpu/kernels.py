@@ -16,12 +16,12 @@ from refattn.cpu.compiling import kernel
 from refattn.cpu.plan import entry
 from refattn.cpu.rotation import rotate_rows as _rotate_rows
 
-forward_blocks = njit(error_model="numpy")(_forward.forward)
-backward_ranges = njit(error_model="numpy")(_backward.backward)
-decode_parts = njit(error_model="numpy")(_decode.decode)
-merge_queries = njit(error_model="numpy")(_decode.merge_all)
-turn_rows = njit(error_model="numpy")(_rotate_rows)
-write_biases = njit(error_model="numpy")(_bias_rows)
+forward_blocks = njit(error_model="numpy", inline="always")(_forward.forward)
+backward_ranges = njit(error_model="numpy", inline="always")(_backward.backward)
+decode_parts = njit(error_model="numpy", inline="always")(_decode.decode)
+merge_queries = njit(error_model="numpy", inline="always")(_decode.merge_all)
+turn_rows = njit(error_model="numpy", inline="always")(_rotate_rows)
+write_biases = njit(error_model="numpy", inline="always")(_bias_rows)
 
 
 @kernel

@@ -9,7 +9,7 @@ from numba import njit
 
 from refattn.cpu.copying import copy_rows, copy_transposed, fill, item_size, read
 from refattn.cpu.elementary import ones, tanh
-from refattn.cpu.flags import put_where_false
+from refattn.cpu.flags import flags_at, put_where_false
 from refattn.cpu.plan import (
     ABSOLUTE,
     AFTER_BIAS,
@@ -80,7 +80,7 @@ def adjust(zero, plan, numbers, slope, b, h, i, rows, first, j, n, S, added, vec
             add_bias(zero, numbers, factor, keys, T, added, vectors)
             factor = numbers.one
         elif plan.distance == NO_DISTANCE and plan.softcap == NO_SOFTCAP:
-            scale_logits(zero, factor, keys, T, vectors)
+            scale_cells(zero, factor, keys, T, vectors)
         if plan.softcap == AFTER_BIAS:
             soften(zero, numbers, factor, keys, T, vectors, bend_y, bent)
             if plan.bias.address != 0:  # what was forbidden is a cap away from 0 now
@@ -100,7 +100,7 @@ def soften(zero, numbers, factor, n, S, vectors, bend, bent):
 
 
 @njit(error_model="numpy")
-def scale_logits(zero, factor, n, S, vectors):
+def scale_cells(zero, factor, n, S, vectors):
     """Write factor · S."""
     lanes = lane_count(zero)
     for at in range(0, n * vectors * lanes, lanes):
@@ -189,10 +189,44 @@ def bar_masked(zero, plan, numbers, b, h, i, rows, j, n, S, width):
 
 
 @njit(error_model="numpy")
-def bar_outside(zero, plan, numbers, first, rows, j, n, S, vectors):
-    """Write -∞ into the cells of a tile outside the band.
+def read_all(zero, n, S, read, vectors):
+    """Make a row's `read` NaN where a logit is NaN or ∞, though its cell be forbidden.
 
-    Spec: OWN-CAUSAL1, OWN-WINDOW1.
+    Spec: OWN-POISON1: ∞ + (-∞) is NaN.
+    """
+    lanes = lane_count(zero)
+    nothing = splat(zero)
+    for v in range(vectors):
+        total = load(read, v * lanes)
+        for y in range(n):
+            logit = load(S, (y * vectors + v) * lanes)
+            total = fma(maximum(nothing, logit), nothing, total)
+        store(read, v * lanes, total)
+
+
+@njit(error_model="numpy")
+def drop(zero, plan, numbers, b, h, i, rows, j, n, S, vectors, marked):
+    """Divide the cells of a tile by the keep probability; 0 for those that are not kept.
+
+    Spec: OWN-DROPOUT1. If `marked`, a dropped weight is -0: it reads, as one that was 0 does not.
+    """
+    scale_cells(zero, numbers.kept, n, S, vectors)
+    width, t = vectors * lane_count(zero), plan.keep
+    if not marked:
+        put_where_false(zero, t, zero, b, h, i, rows, j, n, S, width)
+        return
+    flags = flags_at(t, b, h, i, j)
+    for y in range(n):
+        for x in range(rows):
+            if not flags[x * t.row + y * t.column] and S[y * width + x] != zero:
+                S[y * width + x] = -zero
+
+
+@njit(error_model="numpy")
+def bar_outside(zero, plan, numbers, first, rows, j, n, n_k, S, vectors):
+    """Write -∞ into the cells of a tile outside the band, and beyond the valid keys.
+
+    Spec: OWN-CAUSAL1, OWN-WINDOW1, OWN-LENGTH1.
 
     Args:
         zero: a number of the computing format.
@@ -202,6 +236,7 @@ def bar_outside(zero, plan, numbers, first, rows, j, n, S, vectors):
         rows: of the panel.
         j: the tile's first key.
         n: keys of the tile.
+        n_k: valid keys.
         S: (n, vectors · lanes), by pointer; read only inside the band.
         vectors: of the panel.
     """
@@ -209,7 +244,7 @@ def bar_outside(zero, plan, numbers, first, rows, j, n, S, vectors):
     barred = splat(-numbers.infinity)
     for y in range(n):
         low = min(max(0, j + y - plan.right - first), rows)
-        high = max(min(rows, j + y + plan.left - first + 1), 0)
+        high = max(min(rows, j + y + plan.left - first + 1), 0) if j + y < n_k else 0
         for v in range(vectors):
             at, start = (y * vectors + v) * lanes, v * lanes
             if start >= low and start + lanes <= high:
