@@ -106,6 +106,17 @@ def attend_tile(
         edge_values(zero, plan, V, v_row, first, rows, j, n, S, vectors, d_v, O, SCALE, alpha)
 
 
+@njit(error_model="numpy")
+def divide(plan, scratch, d_v, width):
+    """Return the parts of the scratch memory of a block, in the order in which they lie."""
+    tile = up(plan.key_tile, ROW_STEP)
+    keys, values = scratch, advance(scratch, tile * plan.d_k)
+    S = advance(values, tile * d_v)
+    added = advance(S, tile * width)
+    buffer = advance(added, tile * width)
+    return keys, values, S, added, buffer, advance(buffer, width * max(plan.d_k, plan.d_v))
+
+
 @njit(error_model="numpy", inline="always")
 def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
     """Attend from one block of queries, `plan.panels` panels, to all keys in reach.
@@ -121,13 +132,7 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
     n_k, offset = rules.key_lengths[b], rules.offsets[b]
     leave_empty(zero, plan, numbers, b, h, valid, last, sinks[h])
     d_v = up(plan.d_v, ROW_STEP)
-    tile = up(plan.key_tile, ROW_STEP)
-    # scratch, in order
-    keys, values = scratch, advance(scratch, tile * plan.d_k)
-    S = advance(values, tile * d_v)
-    added = advance(S, tile * width)
-    buffer = advance(added, tile * width)
-    panels = advance(buffer, width * max(plan.d_k, plan.d_v))
+    keys, values, S, added, buffer, panels = divide(plan, scratch, d_v, width)
     panel_size = width * (plan.d_k + d_v + 4)
     low, high = n_k, 0
     for p in range(count):
