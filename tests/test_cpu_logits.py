@@ -167,6 +167,36 @@ def test_a_dropped_weight_reads_its_value_and_a_forbidden_one_does_not():
         assert np.array_equal(np.isnan(a), np.isnan(b))
 
 
+@pytest.mark.clause("OWN-POISON1")
+@pytest.mark.parametrize(
+    ("name", "poison"),
+    [("query", np.nan), ("key", np.nan), ("key", np.inf), ("value", np.inf), ("d_output", np.nan)],
+)
+def test_where_minus_infinity_is_added_every_cell_is_read(name, poison):
+    *arrays, d_output = problem()
+    row = {"query": 70, "d_output": 80}.get(name, 288)
+    spoilt = arrays[["query", "key", "value"].index(name)] if name != "d_output" else d_output
+    spoilt[1, 1, row, 4] = poison
+    ways = [
+        {"causal": True},
+        {"window": [30, 9], "alignment": 60},
+        {"key_lengths": np.array([200, 280])},
+        {"mask": np.arange(N_K) < 150},
+        {"bias": np.where(np.arange(N_K) < 150, 0, -np.inf).astype(np.float32), "softcap": 4.0},
+    ]
+    for options in ways:
+        given = {"masked": "add", **options}
+        found, exact = (f(*arrays, **given) for f in (cpu.attention, refattn.attention))
+        for a, b in zip(found, exact, strict=True):
+            assert np.array_equal(np.isnan(a), np.isnan(b)), options
+        found, exact = (
+            f(d_output, *arrays, **given)
+            for f in (cpu.attention_backward, refattn.attention_backward)
+        )
+        for a, b in zip(found[:3], exact[:3], strict=True):
+            assert np.array_equal(np.isnan(a), np.isnan(b)), options
+
+
 @pytest.mark.clause("OWN-EMPTY1", "OWN-POISON1")
 def test_an_empty_row_reads_what_its_policy_says():
     query, key, value, _ = problem()

@@ -175,6 +175,7 @@ def describe(
     output = np.empty((b, h, n_q, d_v), dtype)
     left, right = _window(options)
     reals = numbers(dtype, scale, softcap, options["keep_probability"])
+    more, reads = (bias, slopes, softcap), options["masked"] == "add"
     orders = {"before_bias": BEFORE_BIAS, "after_bias": AFTER_BIAS}
     plan = Plan(
         query=strided(q),
@@ -199,11 +200,11 @@ def describe(
         softcap=NO_SOFTCAP if softcap is None else orders[options["softcap_order"]],
         sinks=int(sinks is not None),
         negative=int(scale < 0),
-        terms=int(any(x is not None for x in (bias, slopes, softcap)) or reals.scale_log2_e == 0),
+        terms=int(any(x is not None for x in more) or reals.scale_log2_e == 0 or reads),
         key_tile=tiling.key_tile(d_k, d_v),
         panels=tiling.panels(b * h, n_q, d_k, d_v, lanes(dtype.itemsize)),
         keep=strided(kept),
-        reads=int(options["masked"] == "add"),
+        reads=int(reads),
     )
     rules = Rules(
         np.broadcast_to(np.asarray(offset, np.int64).reshape(-1), (b,)).copy(),

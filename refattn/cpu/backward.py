@@ -60,6 +60,17 @@ def scratch_size(plan: Plan, lanes: int) -> int:
 
 
 @njit(error_model="numpy")
+def where_read(reads, cells, P, L, endless, nothing):
+    """Return cells, but zero where they were not meant to be read.
+
+    Spec: OWN-POISON1: where the weight is zero, or where that is read too, in an empty row.
+    """
+    if reads:
+        return where_equal(L, endless, nothing, cells)
+    return where_less(P, smallest(P), nothing, cells)
+
+
+@njit(error_model="numpy")
 def differentiate(zero, plan, numbers, S, dP, bend, n, queries, factor):
     """Turn logits and dP of a tile into weights P and gradients dS, and then dX of the products.
 
@@ -86,17 +97,13 @@ def differentiate(zero, plan, numbers, S, dP, bend, n, queries, factor):
         for y in range(n):
             at = (y * vectors + v) * lanes
             P = exp2(fma(load(S, at), c, sub(nothing, L)))
-            dS = mul(P, sub(load(dP, at), D))
-            if reads:  # all but an empty row
-                P, dS = where_equal(L, endless, nothing, P), where_equal(L, endless, nothing, dS)
-            else:  # where the weight is zero, dP was not meant to be read
-                dS = where_less(P, smallest(P), nothing, dS)
+            if reads:
+                P = where_equal(L, endless, nothing, P)
+            dS = where_read(reads, mul(P, sub(load(dP, at), D)), P, L, endless, nothing)
             store(S, at, P)
             dX = dS
             if plan.softcap != NO_SOFTCAP:
-                dX = mul(dS, load(bend, at))
-                if not reads:
-                    dX = where_less(P, smallest(P), nothing, dX)
+                dX = where_read(reads, mul(dS, load(bend, at)), P, L, endless, nothing)
             store(dP, at, dX)
             store(bend, at, dS if plan.softcap == BEFORE_BIAS else dX)
     width, step = vectors * lanes, up(n, ROW_STEP)

@@ -14,7 +14,7 @@ from refattn.cpu.banded import edge_scores, edge_values, scores
 from refattn.cpu.copying import fetch_rows, rows_of
 from refattn.cpu.flags import ALL, NONE, census
 from refattn.cpu.host import VECTORS
-from refattn.cpu.logits import adjust, bar_masked, bar_outside, drop, read_all
+from refattn.cpu.logits import adjust, bar_masked, bar_outside, drop
 from refattn.cpu.online import add_weighted_rows, finite_rows, scale_panel, softmax_tile
 from refattn.cpu.panel import begin_panel, end_panel, leave_empty, panel_at
 from refattn.cpu.plan import Plan, Rules, read_numbers, read_plan
@@ -78,10 +78,9 @@ def attend_tile(
         edge_scores(zero, plan, K, k_row, first, rows, j, n, Q, vectors, plan.d_k, S)
     if terms:
         adjust(
-            zero, plan, numbers, slope, b, h, i, rows, first, j, n, S, added, vectors, added, False
-        )
-    if reads:
-        read_all(zero, n, S, panel.read, vectors)
+            zero, plan, numbers, slope, b, h, i, rows, first, j, n, S, added, vectors, panel.read,
+            False,
+        )  # fmt: skip
     if seen != ALL:
         bar_masked(zero, plan, numbers, b, h, i, rows, j, n, S, width)
     if not inside:

@@ -62,7 +62,7 @@ def adjust(zero, plan, numbers, slope, b, h, i, rows, first, j, n, S, added, vec
         S: (n, vectors · lanes), by pointer.
         added: scratch, as large and 2 · `STEP` rows at least.
         vectors: of the panel.
-        bend: as S; the softcap's derivative is written here if `bent`.
+        bend: as S; the softcap's derivative is written here if `bent`, else see `read_all`.
         bent: as said.
     """
     width = vectors * lane_count(zero)
@@ -77,14 +77,17 @@ def adjust(zero, plan, numbers, slope, b, h, i, rows, first, j, n, S, added, vec
             factor = numbers.one
         if plan.bias.address != 0:
             load_bias(zero, plan, numbers, b, h, i, rows, j + y, keys, added, width)
-            add_bias(zero, numbers, factor, keys, T, added, vectors)
+            add_bias(zero, plan, numbers, factor, keys, T, added, vectors)
             factor = numbers.one
         elif plan.distance == NO_DISTANCE and plan.softcap == NO_SOFTCAP:
             scale_cells(zero, factor, keys, T, vectors)
         if plan.softcap == AFTER_BIAS:
             soften(zero, numbers, factor, keys, T, vectors, bend_y, bent)
-            if plan.bias.address != 0:  # what was forbidden is a cap away from 0 now
-                bar_added(zero, numbers, keys, T, added, vectors)
+        if plan.reads and not bent:
+            read_all(zero, keys, T, bend, vectors)
+        # after a softcap, what was forbidden is a cap away from 0
+        if plan.bias.address != 0 and (plan.softcap == AFTER_BIAS or plan.reads):
+            bar_added(zero, numbers, keys, T, added, vectors)
 
 
 @njit(error_model="numpy")
@@ -156,16 +159,17 @@ def load_bias(zero, plan, numbers, b, h, i, rows, j, n, added, width):
 
 
 @njit(error_model="numpy")
-def add_bias(zero, numbers, factor, n, S, added, vectors):
-    """Write factor · S + bias, and -∞ where the bias is -∞, whatever S holds there.
+def add_bias(zero, plan, numbers, factor, n, S, added, vectors):
+    """Write factor · S + bias, and -∞ where the bias is -∞, whatever S holds unless it is read.
 
     Spec: OWN-BIAS1, OWN-POISON1.
     """
     lanes = lane_count(zero)
     c, barred = splat(factor), splat(-numbers.infinity)
+    hidden = splat(numbers.infinity - numbers.infinity) if plan.reads else barred  # NaN: no cell
     for at in range(0, n * vectors * lanes, lanes):
         bias = load(added, at)
-        store(S, at, where_equal(bias, barred, barred, fma(load(S, at), c, bias)))
+        store(S, at, where_equal(bias, hidden, barred, fma(load(S, at), c, bias)))
 
 
 @njit(error_model="numpy")

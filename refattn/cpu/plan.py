@@ -81,7 +81,7 @@ class Plan(NamedTuple):
     negative: int
     """1 if the scale is negative: the queries change sign, and the kernels scale by its size."""
     terms: int
-    """1 if the logits are more than the scaled product."""
+    """1 if the logits are more than the scaled product, or all of them are read."""
     key_tile: int
     """Keys a tile."""
     panels: int
