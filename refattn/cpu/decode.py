@@ -20,9 +20,8 @@ from refattn.cpu.merging import leave_part, merge_head
 from refattn.cpu.online import add_weighted_columns, finite_rows, largest
 from refattn.cpu.panel import up
 from refattn.cpu.plan import Plan, Rules, query_head, read_numbers, read_plan
-from refattn.cpu.products import ROW_STEP
 from refattn.cpu.rowlogits import adjust_row, bar_row, group_census
-from refattn.cpu.rowscores import key_count, lay_row, rows_times_keys, rows_together
+from refattn.cpu.rowscores import lay_row, rows_times_keys, rows_together
 from refattn.cpu.rowvalues import TALL, add_row_values
 from refattn.cpu.simd import (
     add,
@@ -128,10 +127,8 @@ def score_part(zero, plan, b, g, low, high, rows, room):
     fill(zero, advance(room.copied, plan.d_k), d, TILE, d - plan.d_k)
     for j in range(low, high, TILE):
         n = min(TILE, high - j)
-        # whole register tiles of keys are read, which may be more than n, and less than ROW_STEP
-        end = plan.n_k + ROW_STEP + n - up(n, key_count(zero))
         K, k_row = rows_of(
-            zero, plan.storage, k, b, g, j, n, end, plan.d_k, lane_count(zero), room.copied, d
+            zero, plan.storage, k, b, g, j, n, plan.n_k, plan.d_k, lane_count(zero), room.copied, d
         )
         ahead = rows_ahead(zero, plan, k, b, g, j + TILE)
         if j + TILE >= high:
@@ -233,9 +230,8 @@ def value_part(zero, plan, b, g, low, high, rows, plain, room, parts, row_step):
     fill(zero, advance(room.copied, plan.d_v), d, TILE, d - plan.d_v)
     for j in range(low, high, TILE):
         n = min(TILE, high - j)
-        end = plan.n_k + ROW_STEP  # no row beyond n is read
         V, v_row = rows_of(
-            zero, plan.storage, v, b, g, j, n, end, plan.d_v, lane_count(zero), room.copied, d
+            zero, plan.storage, v, b, g, j, n, plan.n_k, plan.d_v, lane_count(zero), room.copied, d
         )
         P = advance(room.P, j - low)
         if plain or finite_rows(zero, V, v_row, n, plan.d_v):
