@@ -103,12 +103,12 @@ def run_forward(job: Job, threads: int) -> None:
 
 def run_decode(job: Job, threads: int) -> None:
     """Compute a job of few queries: parts of the keys, then their merge."""
-    plan, count = job.plan, decode.parts_of(job.plan)
-    results = np.empty((plan.batch, plan.heads, plan.n_q, count, 2 + plan.d_v), job.dtype)
-    place = np.array([results.ctypes.data, count])
-    size = decode.scratch_size(plan, lanes(job.dtype.itemsize))
-    run(kernels.decode, size, job, place, threads, READING)
-    run(kernels.merge_all, 0, job, place, 1)
+    plan, wide = job.plan, lanes(job.dtype.itemsize)
+    results = np.empty(decode.results_size(plan, wide), job.dtype)
+    parts = np.zeros(3 + plan.batch * plan.key_heads, np.int64)
+    parts[:3] = results.ctypes.data, decode.parts_of(plan), parts.ctypes.data + 24
+    cost = max(1, READING * plan.key_heads // (plan.heads * max(1, plan.n_q)))
+    run(kernels.decode, decode.scratch_size(plan, wide), job, parts, threads, cost)
 
 
 def run(
@@ -144,7 +144,7 @@ def plan_job(
     """
     asked = key_of(query, key, value, given)
     form = known(asked)
-    arrays: Arrays = (query, key, value, *(given.get(name) for name in LOGITS))
+    arrays: Arrays = (query, key, value, *map(given.get, LOGITS))  # type: ignore[arg-type]
     if form is None:
         form, read = describe(function, query, key, value, given)
         if asked is not None and not any(a is not None and is_odd(a) for a in arrays):

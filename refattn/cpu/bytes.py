@@ -51,6 +51,18 @@ def put_where_zero(
     return types.void(flags, types.intp, target, types.intp, target.dtype), emit
 
 
+@intrinsic
+def where_byte(typing: Any, flags: Any, i: Any, yes: Any, no: Any) -> Any:
+    """Return `no` in the lanes whose byte, from flags[i] on, is 0, else `yes`."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        loaded = _load_bytes(builder, args[0], args[1], yes.lanes)
+        zero = builder.icmp_unsigned("==", loaded, constant(loaded.type, 0))
+        return builder.select(zero, args[3], args[2])
+
+    return yes(flags, types.intp, yes, yes), emit
+
+
 def _load_bytes(builder: Any, pointer: Any, index: Any, n: int) -> Any:
     """Emit the load of n bytes as a vector."""
     kind = ir.VectorType(ir.IntType(8), n)

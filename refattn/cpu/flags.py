@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from numba import njit, types
 
-from refattn.cpu.bytes import load_word, put_where_zero
+from refattn.cpu.bytes import load_word, put_where_zero, where_byte
 from refattn.cpu.copying import fill
-from refattn.cpu.simd import advance, lane_count, pointer
+from refattn.cpu.simd import advance, lane_count, load, pointer, splat, store
 
 ALL, SOME, NONE = 0, 1, 2
 """How many cells of a tile are True."""
@@ -89,3 +89,17 @@ def put_where_false(zero, t, number, b, h, i, rows, j, n, S, width):
             for y in range(n):
                 if not flags[x * t.row + y * t.column]:
                     S[y * width + x] = number
+
+
+@njit(error_model="numpy")
+def put_where_row_false(zero, t, number, b, h, i, j, n, S):
+    """Write a number into the cells of one query row, S[key], whose flag is False."""
+    lanes = lane_count(zero)
+    flags, y = flags_at(t, b, h, i, j), 0
+    while t.column == 1 and y + lanes <= n:
+        store(S, y, where_byte(flags, y, load(S, y), splat(number)))
+        y += lanes
+    while y < n:
+        if not flags[y * t.column]:
+            S[y] = number
+        y += 1

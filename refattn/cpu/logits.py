@@ -128,9 +128,15 @@ def add_distances(zero, plan, slope, factor, first, j, n, S, vectors):
 @njit(error_model="numpy")
 def steps_ahead(zero, plan, position, key):
     """Return ALiBi's factor of the slope for a vector of queries and one key."""
-    if plan.distance == COLUMN:
-        return splat(convert(key, zero))
     ahead = sub(splat(convert(key - position, zero)), lane_numbers(zero))
+    return steps_of(zero, plan, ahead, splat(convert(key, zero)))
+
+
+@njit(error_model="numpy")
+def steps_of(zero, plan, ahead, column):
+    """Return ALiBi's factor of the slope for vectors of steps ahead and of keys."""
+    if plan.distance == COLUMN:
+        return column
     if plan.distance == ABSOLUTE:
         return sub(splat(zero), maximum(ahead, sub(splat(zero), ahead)))
     return ahead

@@ -222,3 +222,11 @@ def read_numbers(x):
 def entry(job, place, like):
     """Return what a job's table has at a place, by pointer to numbers of the type of `like`."""
     return pointer(pointer(job, types.int64(0))[TABLE + place], like)
+
+
+@njit(error_model="numpy")
+def query_head(plan, g, member):
+    """Return the query head that is one of those which read a key-value head."""
+    if plan.tiled_heads:
+        return member * plan.key_heads + g
+    return g * (plan.heads // plan.key_heads) + member
