@@ -10,7 +10,7 @@ from __future__ import annotations
 from numba import njit, types
 
 from refattn.cpu.backpanel import begin_queries, end_queries, padded, queries_at
-from refattn.cpu.band import reach
+from refattn.cpu.band import key_head, query_head, reach
 from refattn.cpu.banded import edge_outer, edge_scores, edge_values, outer, scores
 from refattn.cpu.copying import fill, rows_of
 from refattn.cpu.elementary import exp2, smallest
@@ -217,7 +217,7 @@ def differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, s
             queries = queries_at(zero, plan, panels, p, rows)
             begin_queries(zero, plan, numbers, grads, b, h, i, rows, queries, buffer)
     low = low // ROW_STEP * ROW_STEP  # rows of gradients are written in such steps
-    g = h % plan.key_heads if plan.tiled_heads else h // (plan.heads // plan.key_heads)
+    g = key_head(h, plan.heads, plan.key_heads, plan.tiled_heads)
     first_key = (b * plan.key_heads + g) * up(plan.n_k, ROW_STEP)
     for j in range(low, high, plan.key_tile):
         n = min(plan.key_tile, high - j)
@@ -289,7 +289,7 @@ def backward(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes,
         split, pair = t // pairs, t % pairs
         b, g = pair // plan.key_heads, pair % plan.key_heads
         for member in range(group):
-            h = member * plan.key_heads + g if plan.tiled_heads else g * group + member
+            h = query_head(member, g, plan.heads, plan.key_heads, plan.tiled_heads)
             for block in range(blocks):
                 differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, room)
         scale_keys(zero, plan, numbers, grads, pair, split)

@@ -10,7 +10,7 @@ import math
 
 from numba import njit, types
 
-from refattn.cpu.band import reach
+from refattn.cpu.band import key_head, query_head, reach
 from refattn.cpu.copying import copy_rows, fill, item_size, rows_of
 from refattn.cpu.elementary import exp2
 from refattn.cpu.host import VECTORS
@@ -134,7 +134,7 @@ def load_queries(zero, plan, b, g, group, Q, d):
     q = plan.query
     fill(zero, Q, d, ROOM_ROWS, d)
     for member in range(group):
-        h = member * plan.key_heads + g if plan.tiled_heads else g * group + member
+        h = query_head(member, g, plan.heads, plan.key_heads, plan.tiled_heads)
         start = q.address + (b * q.batch + h * q.head) * item_size(zero, plan.storage)
         rows = advance(Q, member * plan.n_q * d)
         copy_rows(zero, start, plan.storage, q.row, q.column, plan.n_q, plan.d_k, rows, d)
@@ -298,7 +298,7 @@ def merge_all(zero, integers, reals, query_lengths, sinks, place):
     out = pointer(plan.output.address, zero)
     for b in range(plan.batch):
         for h in range(plan.heads):
-            g = h % plan.key_heads if plan.tiled_heads else h // group
+            g = key_head(h, plan.heads, plan.key_heads, plan.tiled_heads)
             member = h // plan.key_heads if plan.tiled_heads else h % group
             pair = b * plan.key_heads + g
             for i in range(plan.n_q):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from numba import njit, types
 
-from refattn.cpu.band import reach
+from refattn.cpu.band import key_head, reach
 from refattn.cpu.banded import edge_scores, edge_values, scores
 from refattn.cpu.copying import fetch_rows, rows_of
 from refattn.cpu.host import VECTORS
@@ -121,7 +121,7 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
         begin_panel(zero, plan, numbers, b, h, i, rows, sinks[h], panel, buffer)
         bounds = reach(plan, i + offset, rows, n_k)
         low, high = min(low, bounds[0]), max(high, bounds[1])
-    g = h % plan.key_heads if plan.tiled_heads else h // (plan.heads // plan.key_heads)
+    g = key_head(h, plan.heads, plan.key_heads, plan.tiled_heads)
     # tiles begin at the same keys for every panel, whatever else is in its block
     for j in range(low // plan.key_tile * plan.key_tile, high, plan.key_tile):
         n = min(plan.key_tile, high - j)
