@@ -238,7 +238,7 @@ def test_the_backend_declines_what_the_kernels_do_not_claim():
 
 
 def test_read_only_arguments_need_no_kernel_of_their_own():
-    from refattn.cpu.kernels import forward
+    from refattn.cpu.forward import forward
 
     query, key, value = problem()
     given = {"key_lengths": np.array([90, 50]), "sinks": drawn(3), "slopes": drawn(3)}

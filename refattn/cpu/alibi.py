@@ -15,9 +15,10 @@ from refattn.alibi import Alignment, bias_shape, check_bias, distances
 from refattn.arrays import Array, dtype_name
 from refattn.checks import check_memory
 from refattn.cpu import pool
+from refattn.cpu.compiling import kernel
 from refattn.cpu.copying import NATIVE, STORAGES, copy_stored, item_size, write_vector
 from refattn.cpu.host import lanes
-from refattn.cpu.plan import NDArray, check_numpy
+from refattn.cpu.plan import NDArray, check_numpy, entry
 from refattn.cpu.simd import claim, lane_count, load, mul, pointer, splat
 
 PIECE = 2**15
@@ -91,8 +92,6 @@ def alibi_bias(
     check_memory(name, shape, itemsize=slopes.itemsize, arrays=1)
     output = np.empty(shape, slopes.dtype.newbyteorder("="))
     if output.size:
-        from refattn.cpu.kernels import bias_rows
-
         computing = np.dtype("float64" if dtype_name(slopes) == "float64" else "float32")
         m = np.array(slopes, computing, order="C")
         line = line_of(n_q, n_k, offset, distance).astype(computing)
@@ -156,18 +155,18 @@ def bias_row(zero, plan, m, line, output, scratch):
         copy_stored(zero, plan.storage, scratch, 1, output, plan.n_k)
 
 
-def bias_rows(zero, scratch, counter, integers):
+@kernel
+def bias_rows(zero, scratch, job):
     """Work through the rows of a bias until none is left; run by every thread.
 
     Args:
         zero: a number of the computing format.
         scratch: address of a vector of numbers, of this thread alone.
-        counter: address of the number of pieces that were claimed, shared by the threads.
-        integers: the plan, flat.
+        job: address of a job, shared by the threads; its table has the plan, flat.
     """
-    i = integers
+    i = entry(job, 0, types.int64(0))
     plan = Bias(i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], i[8], i[9], i[10], i[11])
-    claimed, slopes = pointer(counter, types.int64(0)), pointer(plan.slopes, zero)
+    claimed, slopes = pointer(job, types.int64(0)), pointer(plan.slopes, zero)
     rows, itemsize = plan.items * plan.heads * plan.n_q, item_size(zero, NATIVE)
     t = claim(claimed) * plan.piece
     while t < rows:

@@ -9,19 +9,14 @@ import numpy as np
 from refattn.arrays import dtype_name
 from refattn.attention import AttentionResult
 from refattn.backends import Unsupported
-from refattn.cpu import decode, forward, kernels, pool, tiling
+from refattn.cpu import decode, forward, pool, tiling
 from refattn.cpu.copying import STORAGES
 from refattn.cpu.empty import fill_rows
 from refattn.cpu.forms import LOGITS, Form, Job, form_of, keep, key_of, known, place
 from refattn.cpu.host import lanes
 from refattn.cpu.plan import (
-    AFTER_BIAS,
-    BEFORE_BIAS,
     COUNTER,
-    DISTANCE_CODES,
     MORE,
-    NO_DISTANCE,
-    NO_SOFTCAP,
     OPEN,
     TABLE,
     NDArray,
@@ -34,6 +29,12 @@ from refattn.cpu.plan import (
 )
 from refattn.grouped import group_size
 from refattn.options import AttentionOptions, check_arguments
+from refattn.rules import (
+    DISTANCE_CODES,
+    NO_DISTANCE,
+    NO_SOFTCAP,
+    SOFTCAP_CODES,
+)
 from refattn.tiles import default_scale
 
 Arrays = tuple[NDArray | None, ...]
@@ -98,7 +99,7 @@ def run_forward(job: Job, threads: int) -> None:
         run_decode(job, threads)
         return
     size = forward.scratch_size(job.plan, lanes(job.dtype.itemsize))
-    run(kernels.forward, size, job, None, threads)
+    run(forward.forward, size, job, None, threads)
 
 
 def run_decode(job: Job, threads: int) -> None:
@@ -108,7 +109,7 @@ def run_decode(job: Job, threads: int) -> None:
     parts = np.zeros(3 + plan.batch * plan.key_heads, np.int64)
     parts[:3] = results.ctypes.data, decode.parts_of(plan), parts.ctypes.data + 24
     cost = max(1, READING * plan.key_heads // (plan.heads * max(1, plan.n_q)))
-    run(kernels.decode, decode.scratch_size(plan, wide), job, parts, threads, cost)
+    run(decode.decode, decode.scratch_size(plan, wide), job, parts, threads, cost)
 
 
 def run(
@@ -117,7 +118,7 @@ def run(
     """Run a kernel, with so much scratch a thread, over all work of a job.
 
     Args:
-        kernel: of `kernels`.
+        kernel: of an attention.
         size: numbers of scratch a thread.
         job: of the attention.
         more: integers that this kernel is told beside the plan.
@@ -176,7 +177,6 @@ def describe(
     left, right = _window(options)
     reals = numbers(dtype, scale, softcap, options["keep_probability"])
     more, reads = (bias, slopes, softcap), options["masked"] == "add"
-    orders = {"before_bias": BEFORE_BIAS, "after_bias": AFTER_BIAS}
     plan = Plan(
         query=strided(q),
         key=strided(k),
@@ -197,7 +197,7 @@ def describe(
         left=left,
         right=right,
         distance=NO_DISTANCE if slopes is None else DISTANCE_CODES[options["distance"]],
-        softcap=NO_SOFTCAP if softcap is None else orders[options["softcap_order"]],
+        softcap=NO_SOFTCAP if softcap is None else SOFTCAP_CODES[options["softcap_order"]],
         sinks=int(sinks is not None),
         negative=int(scale < 0),
         terms=int(any(x is not None for x in more) or reals.scale_log2_e == 0 or reads),

@@ -8,9 +8,9 @@ import numpy as np
 
 from refattn.attention import AttentionResult
 from refattn.attention_backward import AttentionGradients, check_cotangents
-from refattn.cpu import kernels, pool
+from refattn.cpu import pool
 from refattn.cpu.attention import plan_job, run, run_forward
-from refattn.cpu.backward import scratch_size
+from refattn.cpu.backward import backward, scratch_size
 from refattn.cpu.empty import add_gradients
 from refattn.cpu.forms import Job
 from refattn.cpu.gradients import Gradients
@@ -124,7 +124,7 @@ def _run(
         key_heads=key_heads,
     )
     size = scratch_size(plan, lanes(dtype.itemsize))
-    run(kernels.backward, size, job, np.array(flatten(grads)), threads)
+    run(backward, size, job, np.array(flatten(grads)), threads)
     return arrays
 
 

@@ -13,6 +13,7 @@ from numba import njit, types
 from refattn.cpu.backpanel import begin_queries, end_queries, padded, queries_at
 from refattn.cpu.band import reach
 from refattn.cpu.banded import edge_outer, edge_scores, edge_values, outer, scores
+from refattn.cpu.compiling import kernel
 from refattn.cpu.copying import fill, rows_of
 from refattn.cpu.elementary import exp2, smallest
 from refattn.cpu.flags import ALL, NONE, census
@@ -20,15 +21,7 @@ from refattn.cpu.gradients import add_d_bias, read_gradients
 from refattn.cpu.host import VECTORS
 from refattn.cpu.logits import adjust, bar_masked, bar_outside, drop, steps_ahead
 from refattn.cpu.online import add_weighted_columns, add_weighted_rows, finite_rows
-from refattn.cpu.plan import (
-    BEFORE_BIAS,
-    NO_DISTANCE,
-    NO_SOFTCAP,
-    Plan,
-    Rules,
-    read_numbers,
-    read_plan,
-)
+from refattn.cpu.plan import MORE, Plan, entry, head_read, head_reading, read_job
 from refattn.cpu.products import ADD, ROW_STEP, multiply, up
 from refattn.cpu.simd import (
     advance,
@@ -44,7 +37,8 @@ from refattn.cpu.simd import (
     where_equal,
     where_less,
 )
-from refattn.cpu.subnormal import FLUSH, control_word, set_control_word
+from refattn.cpu.subnormal import flush, set_control_word
+from refattn.rules import BEFORE_BIAS, NO_DISTANCE, NO_SOFTCAP
 
 PANELS = 2
 """Panels of queries that share each tile of keys and values."""
@@ -261,7 +255,7 @@ def differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, s
     if plan.reads:
         low, high = begin, end
     low = low // ROW_STEP * ROW_STEP  # rows of gradients are written in such steps
-    g = h % plan.key_heads if plan.tiled_heads else h // (plan.heads // plan.key_heads)
+    g = head_read(plan, h)
     first_key = (b * plan.key_heads + g) * up(plan.n_k, ROW_STEP)
     for j in range(low, high, plan.key_tile):
         n = min(plan.key_tile, high - j)
@@ -303,7 +297,8 @@ def scale_keys(zero, plan, numbers, grads, pair, split):
         dK[x] *= numbers.scale
 
 
-def backward(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes, sinks, gradients):
+@kernel
+def backward(zero, scratch, job):
     """Work through the ranges of keys of an attention until none is left; run by every thread.
 
     Spec: FA1-ALG4, OWN-BACKWARD1, OWN-GQA1. Differs: OWN-SOFTCAP1.
@@ -311,24 +306,17 @@ def backward(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes,
     Args:
         zero: a number of the computing format.
         scratch: address of `scratch_size` numbers, of this thread alone.
-        counter: address of the number of ranges that were claimed, shared by the threads.
-        integers: the plan, flat; its output and logsumexp hold the forward pass.
-        reals: the numbers, likewise.
-        offsets: see `plan.Rules`; likewise the next four.
-        n_q: query lengths.
-        n_k: key lengths.
-        slopes: by head.
-        sinks: by head.
-        gradients: where they go, flat; all zeros before.
+        job: address of a job, as `plan` describes it, shared by the threads. Its output and
+            logsumexp hold the forward pass; what it has more is where the gradients go, flat, all
+            zeros before.
     """
-    plan, numbers, grads = read_plan(integers), read_numbers(reals), read_gradients(gradients)
-    rules = Rules(offsets, n_q, n_k, slopes, sinks)
+    plan, numbers, rules = read_job(zero, job)
+    grads = read_gradients(entry(job, MORE, types.int64(0)))
     size = PANELS * VECTORS * lane_count(zero)
     blocks, owners = (plan.n_q + size - 1) // size, grads.items * grads.key_heads
     group = plan.heads // plan.key_heads
-    room, claimed = pointer(scratch, zero), pointer(counter, types.int64(0))
-    word = control_word()
-    set_control_word(types.uint32(word | types.uint32(FLUSH)))
+    room, claimed = pointer(scratch, zero), pointer(job, types.int64(0))
+    word = flush()
     t = claim(claimed)
     while t < grads.splits * owners:
         # the first keys first: under a causal mask most queries see them
@@ -337,7 +325,7 @@ def backward(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes,
             for g in range(owner % grads.key_heads, plan.key_heads, grads.key_heads):
                 for x in range(group * blocks):
                     member, block = x // blocks, x % blocks
-                    h = member * plan.key_heads + g if plan.tiled_heads else g * group + member
+                    h = head_reading(plan, g, member)
                     differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, room)
                 scale_keys(zero, plan, numbers, grads, b * plan.key_heads + g, split)
         t = claim(claimed)

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from numba import njit
 
+from refattn import rules
+
+keys_seen = njit(error_model="numpy")(rules.keys_seen)
+rows_seeing = njit(error_model="numpy")(rules.rows_seeing)
+
 
 @njit(error_model="numpy")
 def reach(plan, first, rows, n_k):
@@ -20,19 +25,12 @@ def reach(plan, first, rows, n_k):
         n_k: valid keys.
 
     Returns:
-        low, high: keys that some row sees lie in [low, high).
-        all_low, all_high: keys in [all_low, all_high) are seen by every row.
+        low, high, all_low, all_high: as `rules.keys_seen`.
     """
-    low = max(0, first - plan.left)
-    high = min(n_k, first + rows - 1 + plan.right + 1)
-    all_low = max(0, first + rows - 1 - plan.left)
-    all_high = min(n_k, first + plan.right + 1)
-    return low, max(low, high), all_low, all_high
+    return keys_seen(plan.left, plan.right, first, rows, n_k)
 
 
 @njit(error_model="numpy")
 def lanes_seeing(plan, first, rows, j, n):
     """Return the rows of a panel that see some of the keys j, ..., j + n - 1: [low, high)."""
-    low = max(0, j - plan.right - first)
-    high = min(rows, j + n - 1 + plan.left - first + 1)
-    return low, high
+    return rows_seeing(plan.left, plan.right, first, rows, j, n)

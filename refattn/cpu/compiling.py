@@ -2,7 +2,8 @@
 
 Numba's own cache looks at one source file a function, so that a change of an inlined function goes
 unnoticed, and two processes that compile two signatures at once can exchange their files. Here the
-stamp covers every source of this folder, and a process holds a lock while it compiles.
+stamp covers every source of this folder and the scalar rules, and a process holds a lock while it
+compiles.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import numba
 from numba import njit, typeof
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 
+from refattn import rules
+
 log = logging.getLogger("refattn.cpu")
 """Says when a kernel has to be compiled."""
 
@@ -36,7 +39,8 @@ _ready: dict[tuple[Any, type], int] = {}
 def source_digest() -> str:
     """Return a digest of every source of the kernels, and of Numba's version."""
     digest = hashlib.sha256(numba.__version__.encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    for path in (*sources, Path(rules.__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -13,12 +13,13 @@ from numba import njit, types
 
 from refattn.cpu.ahead import none_ahead, rows_ahead
 from refattn.cpu.band import reach
+from refattn.cpu.compiling import kernel
 from refattn.cpu.copying import copy_rows, fill, item_size, rows_of
 from refattn.cpu.elementary import exp2
 from refattn.cpu.flags import ALL, NONE, SOME
 from refattn.cpu.merging import leave_part, merge_head
 from refattn.cpu.online import add_weighted_columns, finite_rows, largest
-from refattn.cpu.plan import Plan, Rules, query_head, read_numbers, read_plan
+from refattn.cpu.plan import MORE, Plan, entry, head_reading, read_job
 from refattn.cpu.products import up
 from refattn.cpu.rowlogits import adjust_row, bar_row, group_census
 from refattn.cpu.rowscores import lay_row, rows_times_keys, rows_together
@@ -110,7 +111,7 @@ def load_rows(zero, plan, b, g, valid, room):
         if r == first + together:
             first, together = r, rows_together(zero, rows - r)
         member, i = r // valid, r % valid
-        place = b * q.batch + query_head(plan, g, member) * q.head + i * q.row
+        place = b * q.batch + head_reading(plan, g, member) * q.head + i * q.row
         start = q.address + place * item_size(zero, plan.storage)
         copy_rows(zero, start, plan.storage, q.row, q.column, 1, plan.d_k, room.copied, d)
         if plan.negative:
@@ -197,7 +198,7 @@ def weigh_part(
     n, d = high - low, up(plan.d_v, lane_count(zero))
     factor = numbers.log2_e if plan.terms else numbers.scale_log2_e
     for r in range(plan.heads // plan.key_heads * valid):
-        h, i = query_head(plan, g, r // valid), r % valid
+        h, i = head_reading(plan, g, r // valid), r % valid
         P = advance(room.P, r * (PART + lane_count(zero)))
         if plan.terms:
             slope, added = slopes[h], room.added
@@ -266,27 +267,21 @@ def attend_part(
     value_part(zero, plan, numbers, b, g, low, high, rows, plain, room, parts, row_step)
 
 
-def decode(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes, sinks, place):
+@kernel
+def decode(zero, scratch, job):
     """Work through the parts of all heads until none is left; run by every thread.
 
     Args:
         zero: a number of the computing format.
         scratch: address of `scratch_size` numbers, of this thread alone.
-        counter: address of the number of parts that were claimed, shared by the threads.
-        integers: the plan, flat.
-        reals: the numbers, likewise.
-        offsets: see `plan.Rules`; likewise the next four.
-        n_q: query lengths.
-        n_k: key lengths.
-        slopes: by head.
-        sinks: by head.
-        place: (address of `results_size` numbers, parts, address of the numbers of finished parts
-            by key-value head, zeros).
+        job: address of a job, as `plan` describes it, shared by the threads. What it has more:
+            address of `results_size` numbers, parts, address of the numbers of finished parts by
+            key-value head, zeros before.
     """
-    plan, numbers = read_plan(integers), read_numbers(reals)
-    rules = Rules(offsets, n_q, n_k, slopes, sinks)
-    claimed, finished = pointer(counter, types.int64(0)), pointer(place[2], types.int64(0))
-    results, count, room = pointer(place[0], zero), place[1], room_at(zero, plan, scratch)
+    plan, numbers, rules = read_job(zero, job)
+    more = entry(job, MORE, types.int64(0))
+    claimed, finished = pointer(job, types.int64(0)), pointer(more[2], types.int64(0))
+    results, count, room = pointer(more[0], zero), more[1], room_at(zero, plan, scratch)
     d, group = up(plan.d_v, lane_count(zero)), plan.heads // plan.key_heads
     row_step = count * (d + lane_count(zero))
     loaded = -1
@@ -308,7 +303,7 @@ def decode(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes, s
                 loaded = pair
             plain = low >= all_low and high <= all_high and allowed == ALL
             attend_part(
-                zero, plan, numbers, slopes, first, b, g, low, high, valid,
+                zero, plan, numbers, rules.slopes, first, b, g, low, high, valid,
                 plain and plan.bias.address == 0, allowed == SOME, room, parts, row_step,
             )  # fmt: skip
         else:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from refattn import rules
 from refattn.cpu.forms import Job
 from refattn.cpu.plan import NDArray, four_axes
 
@@ -36,14 +37,14 @@ def empty_rows(job: Job, options: Any) -> Iterator[EmptyRows]:
     if plan.sinks:
         return
     shape = (plan.batch, plan.heads, plan.n_q)
-    group, logsumexp = plan.heads // max(1, plan.key_heads), job.logsumexp.reshape(shape)
+    logsumexp = job.logsumexp.reshape(shape)
     keep = options.get("keep")
     if keep is not None:
         keep = np.broadcast_to(keep, (*shape, plan.n_k))
     for b, h in np.ndindex(shape[:2]):
         rows = np.flatnonzero(np.isneginf(logsumexp[b, h]))
         if rows.size:
-            key_head = h % plan.key_heads if plan.tiled_heads else h // group
+            key_head = rules.key_head(h, plan.heads, plan.key_heads, plan.tiled_heads)
             yield EmptyRows(b, h, key_head, rows, None if keep is None else keep[b, h, rows])
 
 

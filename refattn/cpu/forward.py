@@ -11,13 +11,14 @@ from numba import njit, types
 
 from refattn.cpu.band import reach
 from refattn.cpu.banded import edge_scores, edge_values, scores
+from refattn.cpu.compiling import kernel
 from refattn.cpu.copying import fetch_rows, rows_of
 from refattn.cpu.flags import ALL, NONE, census
 from refattn.cpu.host import VECTORS
 from refattn.cpu.logits import adjust, bar_masked, bar_outside, drop
 from refattn.cpu.online import add_weighted_rows, finite_rows, scale_panel, softmax_tile
 from refattn.cpu.panel import begin_panel, end_panel, leave_empty, panel_at
-from refattn.cpu.plan import Plan, Rules, read_numbers, read_plan
+from refattn.cpu.plan import Plan, head_read, read_job
 from refattn.cpu.products import ROW_STEP, SCALE, multiply, up
 from refattn.cpu.simd import (
     advance,
@@ -25,7 +26,7 @@ from refattn.cpu.simd import (
     lane_count,
     pointer,
 )
-from refattn.cpu.subnormal import FLUSH, control_word, set_control_word
+from refattn.cpu.subnormal import flush, set_control_word
 
 
 def scratch_size(plan: Plan, lanes: int) -> int:
@@ -143,7 +144,7 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
         low, high = min(low, bounds[0]), max(high, bounds[1])
     if plan.reads:
         low, high = 0, plan.n_k
-    g = h % plan.key_heads if plan.tiled_heads else h // (plan.heads // plan.key_heads)
+    g = head_read(plan, h)
     # tiles begin at the same keys for every panel, whatever else is in its block
     for j in range(low // plan.key_tile * plan.key_tile, high, plan.key_tile):
         n = min(plan.key_tile, high - j)
@@ -183,28 +184,20 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
         end_panel(zero, plan, b, h, i, rows, panel)
 
 
-def forward(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes, sinks):
+@kernel
+def forward(zero, scratch, job):
     """Work through the blocks of an attention until none is left; run by every thread.
 
     Args:
         zero: a number of the computing format.
         scratch: address of `scratch_size` numbers, of this thread alone.
-        counter: address of the number of blocks that were claimed, shared by the threads.
-        integers: the plan, flat.
-        reals: the numbers, likewise.
-        offsets: see `plan.Rules`; likewise the rest.
-        n_q: query lengths.
-        n_k: key lengths.
-        slopes: by head.
-        sinks: by head.
+        job: address of a job, as `plan` describes it, shared by the threads.
     """
-    plan, numbers = read_plan(integers), read_numbers(reals)
-    rules = Rules(offsets, n_q, n_k, slopes, sinks)
+    plan, numbers, rules = read_job(zero, job)
     size = plan.panels * VECTORS * lane_count(zero)
     blocks, pairs = (plan.n_q + size - 1) // size, plan.batch * plan.heads
-    room, claimed = pointer(scratch, zero), pointer(counter, types.int64(0))
-    word = control_word()
-    set_control_word(types.uint32(word | types.uint32(FLUSH)))
+    room, claimed = pointer(scratch, zero), pointer(job, types.int64(0))
+    word = flush()
     t = claim(claimed)
     while t < blocks * pairs:
         # the last blocks first: under a causal mask they are the longest

@@ -10,14 +10,6 @@ from numba import njit
 from refattn.cpu.copying import copy_rows, copy_transposed, fill, item_size, read
 from refattn.cpu.elementary import ones, tanh
 from refattn.cpu.flags import flags_at, put_where_false
-from refattn.cpu.plan import (
-    ABSOLUTE,
-    AFTER_BIAS,
-    BEFORE_BIAS,
-    COLUMN,
-    NO_DISTANCE,
-    NO_SOFTCAP,
-)
 from refattn.cpu.simd import (
     add,
     advance,
@@ -34,6 +26,7 @@ from refattn.cpu.simd import (
     where_equal,
     where_less,
 )
+from refattn.rules import ABSOLUTE, AFTER_BIAS, BEFORE_BIAS, COLUMN, NO_DISTANCE, NO_SOFTCAP
 
 STEP = 32
 """Keys of a tile whose logits are made together: they stay in the first level of the cache."""

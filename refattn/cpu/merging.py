@@ -11,7 +11,7 @@ import math
 from numba import njit, types
 
 from refattn.cpu.copying import fill
-from refattn.cpu.plan import query_head
+from refattn.cpu.plan import head_reading
 from refattn.cpu.products import up
 from refattn.cpu.simd import advance, fma, lane_count, load, pointer, splat, store
 
@@ -71,7 +71,7 @@ def merge_head(zero, plan, numbers, b, g, sinks, valid, parts, count, O):
     group, d = plan.heads // plan.key_heads, up(plan.d_v, lane_count(zero))
     L, out = pointer(plan.logsumexp, zero), pointer(plan.output.address, zero)
     for member in range(group):
-        h = query_head(plan, g, member)
+        h = head_reading(plan, g, member)
         for i in range(plan.n_q):
             seen, r = count if i < valid else 0, member * valid + i
             found = advance(parts, r * count * (d + lane_count(zero)))

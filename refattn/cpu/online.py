@@ -66,7 +66,7 @@ def softmax_tile(zero, numbers, S, n, panel, factor):
 def largest(S, at, n, row, lowest):
     """Return the maximum of n vectors that lie `row` elements apart, by four chains.
 
-    A maximum waits for the one before it; a NaN among the last vectors may be kept or dropped.
+    A maximum waits for the one before it. NaN is dropped: it is `maximum`'s second choice.
     """
     m_0 = m_1 = m_2 = m_3 = lowest
     y = 0
@@ -116,12 +116,12 @@ def add_weighted_rows(zero, V, v_row, n, d, P, O, vectors):
 
     Spec: OWN-POISON1.
     """
-    lanes = lane_count(zero)
+    lanes, most = lane_count(zero), div(ones(splat(zero)), splat(zero))
     for y in range(n):
         for v in range(vectors):
             weight = load(P, (y * vectors + v) * lanes)
             # ∞ only for a weight too small to be normal; a NaN reads
-            inverse, most = div(ones(weight), weight), div(ones(weight), splat(zero))
+            inverse = div(ones(weight), weight)
             for x in range(d):
                 at = (x * vectors + v) * lanes
                 old = load(O, at)

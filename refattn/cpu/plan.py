@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit, types
 
+from refattn import rules
 from refattn.backends import Unsupported
 from refattn.checks import is_array
 from refattn.cpu.simd import pointer
@@ -29,14 +30,8 @@ PLAN, REALS, RULES, MORE = 0, 1, 2, 7
 OPEN = 2**40
 """A side of the window without a bound, in tokens."""
 
-NO_DISTANCE, ABSOLUTE, SIGNED, COLUMN = 0, 1, 2, 3
-"""Forms of ALiBi's distance; `NO_DISTANCE` where there are no slopes."""
-
-DISTANCE_CODES = {"absolute": ABSOLUTE, "signed": SIGNED, "column": COLUMN}
-"""The code of each `distance` option."""
-
-NO_SOFTCAP, BEFORE_BIAS, AFTER_BIAS = 0, 1, 2
-"""Where the softcap acts."""
+_key_head = njit(error_model="numpy")(rules.key_head)
+_query_head = njit(error_model="numpy")(rules.query_head)
 
 
 class Tensor(NamedTuple):
@@ -219,14 +214,29 @@ def read_numbers(x):
 
 
 @njit(error_model="numpy")
+def read_job(zero, job):
+    """Return what every kernel of attention is told: the plan, its numbers and its rules."""
+    n = types.int64(0)
+    rules = Rules(
+        entry(job, RULES, n), entry(job, RULES + 1, n), entry(job, RULES + 2, n),
+        entry(job, RULES + 3, zero), entry(job, RULES + 4, zero),
+    )  # fmt: skip
+    return read_plan(entry(job, PLAN, n)), read_numbers(entry(job, REALS, zero)), rules
+
+
+@njit(error_model="numpy")
 def entry(job, place, like):
     """Return what a job's table has at a place, by pointer to numbers of the type of `like`."""
     return pointer(pointer(job, types.int64(0))[TABLE + place], like)
 
 
 @njit(error_model="numpy")
-def query_head(plan, g, member):
+def head_read(plan, h):
+    """Return the key-value head that a query head reads."""
+    return _key_head(h, plan.heads, plan.key_heads, plan.tiled_heads)
+
+
+@njit(error_model="numpy")
+def head_reading(plan, g, member):
     """Return the query head that is one of those which read a key-value head."""
-    if plan.tiled_heads:
-        return member * plan.key_heads + g
-    return g * (plan.heads // plan.key_heads) + member
+    return _query_head(member, g, plan.heads, plan.key_heads, plan.tiled_heads)

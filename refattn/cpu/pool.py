@@ -79,7 +79,7 @@ def share(
     """Run a kernel over its list of work in several threads.
 
     Args:
-        kernel: of `kernels`.
+        kernel: as `compiling.kernel` returns.
         room: numbers of scratch a thread.
         dtype: the computing format.
         about: arrays that the kernel is told of, by their addresses, in order.
@@ -94,7 +94,7 @@ def run(kernel: Any, room: int, dtype: np.dtype[Any], job: int, threads: int, wa
     """Run a kernel on a job, as `share` does.
 
     Args:
-        kernel: of `kernels`.
+        kernel: as `compiling.kernel` returns.
         room: numbers of scratch a thread.
         dtype: the computing format.
         job: address of a job, as `plan` describes it; no piece of it is claimed yet.

@@ -12,7 +12,7 @@ from refattn.cpu import pool
 from refattn.cpu.copying import STORAGES
 from refattn.cpu.host import lanes
 from refattn.cpu.plan import NDArray, check_numpy, whole_elements
-from refattn.cpu.rotation import BLOCK, PIECE, Rotation, scratch_size
+from refattn.cpu.rotation import BLOCK, PIECE, Rotation, rotate_rows, scratch_size
 from refattn.rope import (
     RopeResult,
     check_rotation,
@@ -150,8 +150,6 @@ def _rotated(
     check_rotation(function, x, cosine, sine, pairing)
     output = np.empty(x.shape, x.dtype.newbyteorder("="))
     if x.size:
-        from refattn.cpu.kernels import rotate_rows
-
         computing = np.dtype(table_dtype(x))
         rows = whole_elements(x.reshape(1, -1) if x.ndim == 1 else x)
         if cosine.shape != sine.shape:

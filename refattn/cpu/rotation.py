@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 from numba import njit, types
 
+from refattn.cpu.compiling import kernel
 from refattn.cpu.copying import NATIVE, copy_stored, item_size, read_vector, write_vector
+from refattn.cpu.plan import entry
 from refattn.cpu.simd import (
     add,
     claim,
@@ -139,27 +141,28 @@ def start_of(integers, axes, group):
     return x, table
 
 
-def rotate_rows(zero, scratch, counter, integers):
+@kernel
+def rotate_rows(zero, scratch, job):
     """Work through blocks of rows until none is left; run by every thread.
 
     Args:
         zero: a number of the computing format.
         scratch: address of `scratch_size` numbers, of this thread alone.
-        counter: address of the number of pieces that were claimed, shared by the threads.
-        integers: the plan, flat, and the leading axes.
+        job: address of a job, shared by the threads; its table has the plan, flat, and then the
+            leading axes.
     """
-    i = integers
+    i = entry(job, 0, types.int64(0))
     plan = Rotation(
         i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], i[8], i[9], i[10], i[11], i[12], i[13],
         i[14], i[15],
     )  # fmt: skip
-    claimed = pointer(counter, types.int64(0))
+    claimed = pointer(job, types.int64(0))
     blocks = -(-plan.n // BLOCK) * plan.groups
     t = claim(claimed) * plan.piece
     while t < blocks:
         for block in range(t, min(t + plan.piece, blocks)):
             group, low = block % plan.groups, block // plan.groups * BLOCK
-            x_start, table_start = start_of(integers, plan.axes, group)
+            x_start, table_start = start_of(i, plan.axes, group)
             for m in range(low, min(low + BLOCK, plan.n)):
                 x = plan.x + x_start + m * plan.row
                 table = table_start + m * plan.table_row

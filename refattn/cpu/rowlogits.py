@@ -11,7 +11,7 @@ from refattn.cpu.band import reach
 from refattn.cpu.copying import copy_rows, fill, item_size
 from refattn.cpu.flags import ALL, SOME, census, put_where_row_false
 from refattn.cpu.logits import add_bias, bar_added, scale_cells, soften, steps_of
-from refattn.cpu.plan import AFTER_BIAS, BEFORE_BIAS, NO_DISTANCE, NO_SOFTCAP, query_head
+from refattn.cpu.plan import head_reading
 from refattn.cpu.products import up
 from refattn.cpu.simd import (
     add,
@@ -25,6 +25,7 @@ from refattn.cpu.simd import (
     splat,
     store,
 )
+from refattn.rules import AFTER_BIAS, BEFORE_BIAS, NO_DISTANCE, NO_SOFTCAP
 
 
 @njit(error_model="numpy")
@@ -111,7 +112,7 @@ def group_census(plan, b, g, rows, j, n):
     """
     group, found = plan.heads // plan.key_heads, ALL
     for member in range(group if plan.mask.head != 0 else 1):
-        allowed = census(plan.mask, b, query_head(plan, g, member), 0, rows, j, n)
+        allowed = census(plan.mask, b, head_reading(plan, g, member), 0, rows, j, n)
         if member > 0 and allowed != found:
             return SOME
         found = allowed

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -42,6 +42,14 @@ def set_control_word(typing: Any, word: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.uint32), emit
+
+
+@njit(error_model="numpy")
+def flush() -> Any:
+    """Have this thread write zero for subnormal results; return the control word of before."""
+    word = control_word()
+    set_control_word(types.uint32(word | types.uint32(FLUSH)))
+    return word
 
 
 def _call(builder: Any, name: str, place: Any) -> None:
