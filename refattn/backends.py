@@ -37,6 +37,8 @@ ABSENT = {
 OPS = (
     "attention",
     "multihead",
+    "causal_module",
+    "gated_cross_attention",
     "head_importance",
     "rope",
     "alibi",
@@ -188,6 +190,28 @@ def _multihead(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str,
     return outputs
 
 
+def _causal_module(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    cotangent, forward = _split(inputs, "d_output")
+    outputs = {"output": _call("causal_module.causal_self_attention", **forward, **options)[""]}
+    if cotangent:
+        backward = "causal_module_backward.causal_self_attention_backward"
+        outputs |= _call(backward, **cotangent, **forward, **options)
+    return outputs
+
+
+def _gated_cross_attention(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    from refattn.gated import GatedParameters
+
+    cotangent, forward = _split(inputs, "d_output")
+    weights, arrays = _split(forward, *GatedParameters._fields)
+    arguments = {**arrays, "parameters": GatedParameters(**weights), **options}
+    outputs = {"output": _call("gated.gated_cross_attention", **arguments)[""]}
+    if cotangent:
+        backward = "gated_backward.gated_cross_attention_backward"
+        outputs |= _call(backward, **cotangent, **arguments)
+    return outputs
+
+
 def _head_importance(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
     return _call("heads.head_importance", **inputs, **options)
 
@@ -300,6 +324,8 @@ _OPS: dict[str, dict[str, Op]] = {
     "numpy": {
         "attention": _attention,
         "multihead": _multihead,
+        "causal_module": _causal_module,
+        "gated_cross_attention": _gated_cross_attention,
         "head_importance": _head_importance,
         "rope": _rope_of("rope"),
         "alibi": _alibi_of("alibi"),
