@@ -80,7 +80,7 @@ def attention_backward(
     dK = multiply_readable(problem, dX, problem.Q, over="query") * problem.scale
     d_slopes = d_sinks = d_bias = None
     if problem.bias is not None:
-        d_bias = narrow(_sum_to(d_added, problem.bias.shape, xp), query)
+        d_bias = narrow(sum_to(d_added, problem.bias.shape, xp), query)
     if problem.slopes is not None:
         d_slopes = narrow(_sum_to_heads(d_added * pair_distances(problem), 2, xp), query)
     if problem.sinks is not None:
@@ -153,7 +153,7 @@ def _logits_backward(problem: Problem, dS: Array) -> tuple[Array, Array]:
     return dX, (dX if after else dS)
 
 
-def _sum_to(array: Array, shape: tuple[int, ...], xp: object) -> Array:
+def sum_to(array: Array, shape: tuple[int, ...], xp: object) -> Array:
     """Sum over the axes along which an array of that shape was broadcast."""
     extra = array.ndim - len(shape)
     axes = tuple(range(extra)) + tuple(

@@ -69,6 +69,11 @@ def draw(seed: int) -> tuple[list[np.ndarray], dict[str, Any]]:
         bias = floats(*shapes[drawn.integers(5)])
         bias[drawn.random(bias.shape) < 0.2] = -np.inf
         options["bias"] = bias
+    if chance(drawn, 0.25):
+        options["keep"] = drawn.random(shapes[drawn.integers(5)]) < 0.7
+        options["keep_probability"] = 0.7
+    options["empty_row"] = str(drawn.choice(["zero", "zero", "nan", "uniform"]))
+    options["masked"] = str(drawn.choice(["select", "select", "add"]))
     for name, n in (("key_lengths", n_k), ("query_lengths", n_q)):
         if chance(drawn, 0.25):
             options[name] = drawn.integers(0, n + 1, b)

@@ -209,10 +209,7 @@ def test_axes_are_added_where_the_reference_needs_none():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"empty_row": "nan"}, "empty_row is 'nan', but the CPU kernels support 'zero'"),
-        ({"masked": "add"}, "masked is 'add', but the CPU kernels support 'select'"),
         ({"round_weights": True}, "round_weights is True, but the CPU kernels support False"),
-        ({"keep": np.ones((97, 131), bool)}, "keep is given, but the CPU kernels know no dropout"),
     ],
 )
 def test_what_is_not_claimed_is_refused(options, sentence):

@@ -19,9 +19,9 @@ import pytest
 from optional import require
 
 require("numba")
-from numba import njit, typeof  # noqa: E402
+from numba import njit, typeof, types  # noqa: E402
 
-from refattn.cpu import elementary, products, simd  # noqa: E402
+from refattn.cpu import bytes, elementary, products, simd  # noqa: E402
 from refattn.cpu.copying import (  # noqa: E402
     BFLOAT16,
     FLOAT16,
@@ -211,6 +211,39 @@ def test_a_number_is_rounded_once_to_the_nearest_of_sixteen_bits_and_to_the_even
     nan = np.isnan(numbers)
     assert np.array_equal(halves[~nan], expected.view(np.uint16)[~nan])
     assert np.isnan(halves.view(dtype)[nan].astype(np.float32)).all()
+
+
+@njit
+def _equal(a, b):
+    return simd.where_equal(a, b, a, simd.add(b, b))
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_lanes_that_are_equal_are_told_from_others(dtype):
+    a = np.array([1, np.nan, -np.inf, 0, 3], dtype)
+    b = np.array([1, np.nan, -np.inf, -0.0, 4], dtype)
+    assert np.array_equal(each(_equal, a, b), np.array([1, np.nan, -np.inf, 0, 8]), True)
+
+
+@njit
+def _put(flags, row, target, target_row, number, first):
+    out = simd.pointer(target.ctypes.data, number)
+    source = simd.pointer(flags.ctypes.data, types.uint8(0))
+    bytes.put_where_zero(simd.advance(source, first), row, out, target_row, number)
+    return bytes.load_word(source, first)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_a_square_of_bytes_is_turned_and_its_zeros_are_written(dtype):
+    n = lanes(np.dtype(dtype).itemsize)
+    drawn = np.random.default_rng(n)
+    flags = drawn.integers(0, 3, (n, n + 5)).astype(np.uint8)  # 2 is True as well
+    target = drawn.standard_normal((n, n + 3)).astype(dtype)
+    expected = target.copy()
+    expected[:, :n][flags[:, 3 : n + 3].T == 0] = -np.inf
+    word = _put(flags, n + 5, target, n + 3, dtype(-np.inf), 3)
+    assert np.array_equal(target, expected)
+    assert word == int.from_bytes(flags.tobytes()[3:11], sys.byteorder)
 
 
 @njit

@@ -25,6 +25,9 @@ ROOMS = {
     "check": Room("refattn.cli.check", "Prove this machine's backends against certified values."),
     "bench": Room("refattn.cli.bench", "Time attention beside the libraries installed here."),
     "audit": Room("refattn.cli.audit", "Judge somebody's attention, clause by clause."),
+    "dialects": Room(
+        "refattn.cli.dialects", "Other systems' attention by name, and how they differ."
+    ),
     "vectors": Room("refattn.cli.vectors", "List, generate, export and verify certified vectors."),
     "spec": Room("refattn.cli.spec", "Read a clause beside its code, its tests and its vectors."),
 }

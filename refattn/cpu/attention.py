@@ -11,7 +11,8 @@ from refattn.attention import AttentionResult
 from refattn.backends import Unsupported
 from refattn.cpu import decode, forward, kernels, pool, tiling
 from refattn.cpu.copying import STORAGES
-from refattn.cpu.forms import Form, Job, form_of, keep, key_of, known, place
+from refattn.cpu.empty import fill_rows
+from refattn.cpu.forms import LOGITS, Form, Job, form_of, keep, key_of, known, place
 from refattn.cpu.host import lanes
 from refattn.cpu.plan import (
     AFTER_BIAS,
@@ -26,19 +27,19 @@ from refattn.cpu.plan import (
     NDArray,
     Plan,
     Rules,
+    four_axes,
     is_odd,
     numbers,
     strided,
-    whole_elements,
 )
 from refattn.grouped import group_size
 from refattn.options import AttentionOptions, check_arguments
 from refattn.tiles import default_scale
 
 Arrays = tuple[NDArray | None, ...]
-"""Query, key, value, mask and bias."""
+"""Query, key, value, mask, bias and keep."""
 
-CLAIMED = {"empty_row": ("zero",), "masked": ("select",), "round_weights": (False,)}
+CLAIMED = {"round_weights": (False,)}
 """The values that the kernels support of options which the reference takes more of."""
 
 SMALL = 2**19
@@ -62,9 +63,10 @@ def attention(
     """Return attention, computed by tiles in memory linear in the lengths.
 
     Spec: VAS-EQ1, FA1-ALG1, VAS-S323b, ALIBI-S3a, OWN-SOFTCAP1, OWN-SINK1, OWN-EMPTY1, OWN-LSE1,
-        OWN-ROUND1, OWN-POISON1, OWN-GQA1, OWN-LENGTH1.
+        OWN-ROUND1, OWN-POISON1, OWN-GQA1, OWN-LENGTH1, OWN-DROPOUT1.
 
-        S = softcap(scale · Q Kᵀ) + alibi + bias;  O = softmax(S) V
+        S = softcap(scale · Q Kᵀ) + alibi + bias;  P = softmax over allowed keys
+        O = (P ∘ keep / keep_probability) V
 
     The same bits for every number of threads and in every run on one machine.
 
@@ -86,6 +88,7 @@ def attention(
     count = pool.thread_count("cpu.attention", threads)
     job = plan_job("cpu.attention", query, key, value, options)
     run_forward(job, count)
+    fill_rows(job, value, options)
     return AttentionResult(job.output.astype(query.dtype, copy=False), job.logsumexp)
 
 
@@ -100,12 +103,12 @@ def run_forward(job: Job, threads: int) -> None:
 
 def run_decode(job: Job, threads: int) -> None:
     """Compute a job of few queries: parts of the keys, then their merge."""
-    plan, count = job.plan, decode.parts_of(job.plan)
-    results = np.empty((plan.batch, plan.heads, plan.n_q, count, 2 + plan.d_v), job.dtype)
-    place = np.array([results.ctypes.data, count])
-    size = decode.scratch_size(plan, lanes(job.dtype.itemsize))
-    run(kernels.decode, size, job, place, threads, READING)
-    run(kernels.merge_all, 0, job, place, 1)
+    plan, wide = job.plan, lanes(job.dtype.itemsize)
+    results = np.empty(decode.results_size(plan, wide), job.dtype)
+    parts = np.zeros(3 + plan.batch * plan.key_heads, np.int64)
+    parts[:3] = results.ctypes.data, decode.parts_of(plan), parts.ctypes.data + 24
+    cost = max(1, READING * plan.key_heads // (plan.heads * max(1, plan.n_q)))
+    run(kernels.decode, decode.scratch_size(plan, wide), job, parts, threads, cost)
 
 
 def run(
@@ -141,7 +144,7 @@ def plan_job(
     """
     asked = key_of(query, key, value, given)
     form = known(asked)
-    arrays: Arrays = (query, key, value, given.get("mask"), given.get("bias"))
+    arrays: Arrays = (query, key, value, *map(given.get, LOGITS))  # type: ignore[arg-type]
     if form is None:
         form, read = describe(function, query, key, value, given)
         if asked is not None and not any(a is not None and is_odd(a) for a in arrays):
@@ -153,7 +156,7 @@ def plan_job(
 def describe(
     function: str, query: NDArray, key: NDArray, value: NDArray, given: AttentionOptions
 ) -> tuple[Form, Arrays]:
-    """Return the form of a call, and query, key, value, mask and bias as the kernels read them.
+    """Return the form of a call, and its arrays as the kernels read them.
 
     Raises:
         ShapeError, DtypeError, OptionError: as the reference.
@@ -167,11 +170,12 @@ def describe(
     dtype = np.dtype("float64" if dtype_name(query) == "float64" else "float32")
     scale = default_scale(options.get("scale"), d_k)
     softcap = options.get("softcap")
-    mask, bias = (_logits(options.get(name), (b, h, n_q, n_k)) for name in ("mask", "bias"))
+    mask, bias, kept = (_logits(options.get(name), (b, h, n_q, n_k)) for name in LOGITS)
     slopes, sinks = (_heads(options.get(name), h, dtype) for name in ("slopes", "sinks"))
     output = np.empty((b, h, n_q, d_v), dtype)
     left, right = _window(options)
-    reals = numbers(dtype, scale, softcap)
+    reals = numbers(dtype, scale, softcap, options["keep_probability"])
+    more, reads = (bias, slopes, softcap), options["masked"] == "add"
     orders = {"before_bias": BEFORE_BIAS, "after_bias": AFTER_BIAS}
     plan = Plan(
         query=strided(q),
@@ -196,11 +200,11 @@ def describe(
         softcap=NO_SOFTCAP if softcap is None else orders[options["softcap_order"]],
         sinks=int(sinks is not None),
         negative=int(scale < 0),
-        terms=int(
-            any(x is not None for x in (mask, bias, slopes, softcap)) or reals.scale_log2_e == 0
-        ),
+        terms=int(any(x is not None for x in more) or reals.scale_log2_e == 0 or reads),
         key_tile=tiling.key_tile(d_k, d_v),
         panels=tiling.panels(b * h, n_q, d_k, d_v, lanes(dtype.itemsize)),
+        keep=strided(kept),
+        reads=int(reads),
     )
     rules = Rules(
         np.broadcast_to(np.asarray(offset, np.int64).reshape(-1), (b,)).copy(),
@@ -210,7 +214,7 @@ def describe(
         np.zeros(h, dtype) if sinks is None else sinks,
     )
     shape = (*query.shape[:-1], d_v)
-    return form_of(plan, reals, rules, dtype, shape), (q, k, v, mask, bias)
+    return form_of(plan, reals, rules, dtype, shape), (q, k, v, mask, bias, kept)
 
 
 def check_claimed(function: str, query: NDArray, options: dict[str, Any]) -> None:
@@ -225,22 +229,14 @@ def check_claimed(function: str, query: NDArray, options: dict[str, Any]) -> Non
                 f"{name} is {options[name]!r}, but the CPU kernels support "
                 f"{', '.join(repr(c) for c in claimed)} [{function}]"
             )
-    if options.get("keep") is not None:
-        raise Unsupported(f"keep is given, but the CPU kernels know no dropout [{function}]")
     if query.ndim > 4:
         raise Unsupported(
             f"query has {query.ndim} axes, but the CPU kernels support at most 4 [{function}]"
         )
 
 
-def four_axes(array: NDArray) -> NDArray:
-    """Return an array of four axes, the leading ones of size 1; copied only if it is odd."""
-    array = whole_elements(array)
-    return array.reshape((1,) * (4 - array.ndim) + array.shape)
-
-
 def _logits(array: NDArray | None, shape: tuple[int, ...]) -> NDArray | None:
-    """Return a mask or a bias as a view of the logits' shape."""
+    """Return a mask or a bias as a view of the shape of the logits."""
     if array is None:
         return None
     array = four_axes(np.asarray(array)) if array.ndim else np.asarray(array).reshape(1, 1, 1, 1)

@@ -9,12 +9,13 @@ import numpy as np
 from refattn.attention import AttentionResult
 from refattn.attention_backward import AttentionGradients, check_cotangents
 from refattn.cpu import kernels, pool
-from refattn.cpu.attention import four_axes, plan_job, run, run_forward
+from refattn.cpu.attention import plan_job, run, run_forward
 from refattn.cpu.backward import scratch_size
+from refattn.cpu.empty import add_gradients
 from refattn.cpu.forms import Job
 from refattn.cpu.gradients import Gradients
 from refattn.cpu.host import lanes
-from refattn.cpu.plan import NDArray, flatten, tensor
+from refattn.cpu.plan import NDArray, Plan, Tensor, flatten, four_axes, tensor
 from refattn.cpu.products import ROW_STEP
 from refattn.options import AttentionOptions
 
@@ -35,9 +36,11 @@ def attention_backward(
 ) -> AttentionGradients:
     """Return the gradients of a loss that reads the output and the logsumexp.
 
-    Spec: OWN-BACKWARD1, FA1-ALG4, OWN-GQA1, OWN-SINK1, OWN-EMPTY1, OWN-POISON1.
+    Spec: OWN-BACKWARD1, FA1-ALG4, OWN-GQA1, OWN-SINK1, OWN-EMPTY1, OWN-POISON1,
+        OWN-DROPOUT1.
 
-        dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - D + dL),  D_i = Σ_x dO_ix O_ix
+        dV = P_droppedᵀ dO,  dP = (dO Vᵀ) ∘ keep / keep_probability
+        dS = P ∘ (dP - D + dL),  D_i = Σ_x dO_ix O_ix
         dQ = scale · dX K,  dK = scale · dXᵀ Q,  dX = dS ∘ softcap′
 
     The weights are computed again from the logsumexp, tile by tile.
@@ -55,7 +58,8 @@ def attention_backward(
 
     Returns:
         d_query, d_key, d_value: shapes and dtypes of query, key and value.
-        d_bias: shape of bias, summed over its broadcast axes; it takes n_q x n_k numbers a head.
+        d_bias: shape of bias, summed over its broadcast axes, in memory of that shape or, if it
+            has fewer than n_q x n_k numbers a head, of n_q or n_k a head.
         d_slopes, d_sinks: (h,).
 
     Raises:
@@ -71,16 +75,25 @@ def attention_backward(
     else:
         job.output[...] = forward.output.reshape(job.output.shape)
         job.logsumexp[...] = forward.logsumexp.reshape(job.logsumexp.shape)
-    return _finish(job, _run(job, d_output, d_logsumexp, count), query, key, value, options)
+    arrays = _run(job, d_output, d_logsumexp, options.get("bias"), count)
+    add_gradients(job, arrays, four_axes(np.asarray(d_output)), options)
+    return _finish(job, arrays, query, key, value, options)
 
 
 def _run(
-    job: Job, d_output: NDArray, d_logsumexp: NDArray | None, threads: int
+    job: Job,
+    d_output: NDArray,
+    d_logsumexp: NDArray | None,
+    bias: NDArray | None,
+    threads: int,
 ) -> dict[str, NDArray]:
     """Run the kernel and return its arrays by name."""
     plan, dtype = job.plan, job.dtype
-    pairs, step = plan.batch * plan.key_heads, max(ROW_STEP, lanes(dtype.itemsize))
-    splits = min(max(1, PIECES // max(pairs, 1)), max(1, plan.n_k // plan.key_tile))
+    shape = _bias_shape(plan, bias)
+    # heads that add to one gradient are one piece of work
+    items, key_heads = min(plan.batch, shape[0]), plan.key_heads if shape[1] > 1 else 1
+    pieces, step = max(1, items * key_heads), max(ROW_STEP, lanes(dtype.itemsize))
+    splits = min(max(1, PIECES // pieces), max(1, plan.n_k // plan.key_tile))
     keys = _up(-(-plan.n_k // splits), ROW_STEP)
     leading, n_k = (plan.batch, plan.key_heads), _up(plan.n_k, ROW_STEP)
     arrays = {
@@ -90,16 +103,26 @@ def _run(
         "d_slopes": np.zeros((splits, plan.batch, plan.heads), dtype),
         "dots": np.zeros((plan.batch, plan.heads, plan.n_q), dtype),
     }
+    d_bias, d_bias_split = Tensor(0, 0, 0, 0, 0), 0
     if plan.bias.address:
-        shape = (plan.batch, plan.heads, plan.n_q, plan.n_k)
-        arrays["d_bias"] = np.zeros(shape, dtype)
+        summed = shape[3] == 1
+        arrays["d_bias"] = np.zeros((splits if summed else 1, *shape), dtype)
+        d_bias = tensor(arrays["d_bias"][0])._replace(column=0 if summed else 1)
+        d_bias_split = arrays["d_bias"][0].size if summed else 0
     cotangent = four_axes(np.asarray(d_output))
     if d_logsumexp is not None:
         arrays["d_logsumexp"] = np.ascontiguousarray(d_logsumexp, dtype)
         arrays["dots"] -= arrays["d_logsumexp"].reshape(arrays["dots"].shape)
-    addresses = {name: array.ctypes.data for name, array in arrays.items()}
-    addresses = {"d_bias": 0, "d_logsumexp": 0} | addresses
-    grads = Gradients(d_output=tensor(cotangent), splits=splits, keys=keys, **addresses)
+    addresses: dict[str, Any] = {name: array.ctypes.data for name, array in arrays.items()}
+    grads = Gradients(
+        **{"d_logsumexp": 0} | addresses | {"d_bias": d_bias},
+        d_output=tensor(cotangent),
+        d_bias_split=d_bias_split,
+        splits=splits,
+        keys=keys,
+        items=items,
+        key_heads=key_heads,
+    )
     size = scratch_size(plan, lanes(dtype.itemsize))
     run(kernels.backward, size, job, np.array(flatten(grads)), threads)
     return arrays
@@ -117,7 +140,8 @@ def _finish(
     plan, rules = job.plan, job.rules
     d_bias = d_slopes = d_sinks = None
     if plan.bias.address:
-        d_bias = _sum_to(arrays["d_bias"], options["bias"].shape).astype(query.dtype)  # type: ignore[union-attr]
+        d_bias = arrays["d_bias"].sum(axis=0)
+        d_bias = _sum_to(d_bias, options["bias"].shape).astype(query.dtype)  # type: ignore[union-attr]
     if options.get("slopes") is not None:
         d_slopes = arrays["d_slopes"].sum(axis=(0, 1)).astype(query.dtype)
     if plan.sinks:
@@ -136,6 +160,19 @@ def _finish(
         d_slopes,
         d_sinks,
     )
+
+
+def _bias_shape(plan: Plan, bias: NDArray | None) -> tuple[int, int, int, int]:
+    """Return the four axes of the sums that the kernel makes of the gradient of a bias.
+
+    A bias of n_q x n_k numbers has a gradient of its own shape, and of a smaller one each head has
+    its own: heads that add to one gradient cannot be worked on by several threads.
+    """
+    shape = (1,) * 4 if bias is None else (1,) * (4 - bias.ndim) + bias.shape
+    items, heads, rows, columns = shape
+    if bias is not None and rows > 1 and columns > 1:
+        return items, heads, rows, columns
+    return plan.batch, plan.heads, rows, columns
 
 
 def _sum_to(array: NDArray, shape: tuple[int, ...]) -> NDArray:

@@ -1,8 +1,9 @@
 """Gradients of attention by tiles: the weights are computed again from the logsumexp.
 
 A piece of work is a key-value head and a range of its keys: their gradients belong to it alone, and
-the gradients of the queries are kept a range apart, to be summed in order. Nothing is added to by
-two threads, so the bits do not depend on who does what.
+the gradients of the queries are kept a range apart, to be summed in order. Heads that share a bias
+of n_q x n_k numbers are one piece, and add to its gradient in turn. Nothing is added to by two
+threads, so the bits do not depend on who does what.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from refattn.cpu.band import reach
 from refattn.cpu.banded import edge_outer, edge_scores, edge_values, outer, scores
 from refattn.cpu.copying import fill, rows_of
 from refattn.cpu.elementary import exp2, smallest
-from refattn.cpu.gradients import read_gradients
+from refattn.cpu.flags import ALL, NONE, census
+from refattn.cpu.gradients import add_d_bias, read_gradients
 from refattn.cpu.host import VECTORS
-from refattn.cpu.logits import adjust, bar_outside, gather_added, steps_ahead
+from refattn.cpu.logits import adjust, bar_masked, bar_outside, drop, steps_ahead
 from refattn.cpu.online import add_weighted_columns, add_weighted_rows, finite_rows
 from refattn.cpu.plan import (
     BEFORE_BIAS,
@@ -39,8 +41,10 @@ from refattn.cpu.simd import (
     splat,
     store,
     sub,
+    where_equal,
     where_less,
 )
+from refattn.cpu.subnormal import FLUSH, control_word, set_control_word
 
 PANELS = 2
 """Panels of queries that share each tile of keys and values."""
@@ -53,6 +57,17 @@ def scratch_size(plan: Plan, lanes: int) -> int:
     d_k, d_v = (-(-d // step) * step for d in (plan.d_k, plan.d_v))
     panels = PANELS * (width * (3 * d_k + 2 * d_v + 3) + lanes)
     return panels + 4 * tile * width + tile * (d_k + d_v) + lanes * max(d_k, d_v)
+
+
+@njit(error_model="numpy")
+def where_read(reads, cells, P, L, endless, nothing):
+    """Return cells, but zero where they were not meant to be read.
+
+    Spec: OWN-POISON1: where the weight is zero, or where that is read too, in an empty row.
+    """
+    if reads:
+        return where_equal(L, endless, nothing, cells)
+    return where_less(P, smallest(P), nothing, cells)
 
 
 @njit(error_model="numpy")
@@ -75,18 +90,20 @@ def differentiate(zero, plan, numbers, S, dP, bend, n, queries, factor):
         factor: from S to powers of two.
     """
     lanes, vectors = lane_count(zero), queries.vectors
-    c, nothing = splat(factor), splat(zero)
+    c, nothing, endless = splat(factor), splat(zero), splat(numbers.infinity)
+    reads = plan.reads != 0
     for v in range(vectors):
         L, D = load(queries.L, v * lanes), load(queries.D, v * lanes)
         for y in range(n):
             at = (y * vectors + v) * lanes
             P = exp2(fma(load(S, at), c, sub(nothing, L)))
-            # where the weight is zero, dP was not meant to be read
-            dS = where_less(P, smallest(P), nothing, mul(P, sub(load(dP, at), D)))
+            if reads:
+                P = where_equal(L, endless, nothing, P)
+            dS = where_read(reads, mul(P, sub(load(dP, at), D)), P, L, endless, nothing)
             store(S, at, P)
             dX = dS
             if plan.softcap != NO_SOFTCAP:
-                dX = where_less(P, smallest(P), nothing, mul(dS, load(bend, at)))
+                dX = where_read(reads, mul(dS, load(bend, at)), P, L, endless, nothing)
             store(dP, at, dX)
             store(bend, at, dS if plan.softcap == BEFORE_BIAS else dX)
     width, step = vectors * lanes, up(n, ROW_STEP)
@@ -94,8 +111,8 @@ def differentiate(zero, plan, numbers, S, dP, bend, n, queries, factor):
     fill(zero, advance(dP, n * width), width, step - n, width)
 
 
-@njit(error_model="numpy")
-def keep_added(zero, plan, grads, b, h, i, rows, first, j, n, d_added, queries):
+@njit(error_model="numpy", inline="always")
+def keep_added(zero, plan, grads, b, h, i, rows, first, split, j, n, d_added, spare, queries):
     """Keep the gradients of what was added to the logits: the bias, and ALiBi's slope.
 
     Spec: OWN-BACKWARD1, OWN-ALIBI1.
@@ -110,17 +127,29 @@ def keep_added(zero, plan, grads, b, h, i, rows, first, j, n, d_added, queries):
                 steps = steps_ahead(zero, plan, first + v * lanes, j + y)
                 total = fma(load(d_added, (y * vectors + v) * lanes), steps, total)
             store(queries.d_slope, v * lanes, total)
-    if grads.d_bias != 0:
-        target = pointer(grads.d_bias, zero)
-        for x in range(rows):
-            start = ((b * plan.heads + h) * plan.n_q + i + x) * plan.n_k + j
-            for y in range(n):
-                target[start + y] = d_added[y * vectors * lanes + x]
+    if grads.d_bias.address != 0:
+        add_d_bias(zero, grads, b, h, i, rows, split, j, n, d_added, spare, vectors)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def differentiate_tile(
-    zero, plan, numbers, grads, slope, b, h, i, rows, first, tiles, j, n, inside, queries
+    zero,
+    plan,
+    numbers,
+    grads,
+    slope,
+    b,
+    h,
+    i,
+    rows,
+    first,
+    n_k,
+    tiles,
+    split,
+    j,
+    n,
+    inside,
+    queries,
 ):
     """Add what one panel of queries and one tile of keys contribute to all gradients.
 
@@ -137,38 +166,50 @@ def differentiate_tile(
         i: the panel's first query row.
         rows: of the panel.
         first: position of row i, tokens.
+        n_k: valid keys.
         tiles: (K, its stride, V, its stride, dK, dV, S, dP, bend, added), by pointer.
+        split: the range of keys.
         j: the tile's first key.
         n: keys of the tile.
         inside: whether every row sees every key of the tile.
         queries: the panel.
     """
     K, k_row, V, v_row, dK, dV, S, dP, bend, added = tiles
+    seen, reads = census(plan.mask, b, h, i, rows, j, n), plan.reads != 0
+    if seen == NONE and not reads:
+        return
     vectors, terms, lanes = queries.vectors, plan.terms != 0, lane_count(zero)
     width, d_k, d_v = vectors * lanes, plan.d_k, plan.d_v
     # lines 11 and 15
-    if inside:
+    if inside or reads:
         scores(zero, K, k_row, n, queries.Q, width, 0, vectors, d_k, S)
         scores(zero, V, v_row, n, queries.G, width, 0, vectors, d_v, dP)
     else:
         edge_scores(zero, plan, K, k_row, first, rows, j, n, queries.Q, vectors, d_k, S)
         edge_scores(zero, plan, V, v_row, first, rows, j, n, queries.G, vectors, d_v, dP)
     if terms:
-        if plan.mask.address != 0 or plan.bias.address != 0:
-            gather_added(zero, plan, numbers, b, h, i, rows, j, n, added, width)
-        adjust(zero, plan, numbers, slope, first, j, n, S, added, vectors, bend, True)
+        adjust(
+            zero, plan, numbers, slope, b, h, i, rows, first, j, n, S, added, vectors, bend, True
+        )
+    if seen != ALL:
+        bar_masked(zero, plan, numbers, b, h, i, rows, j, n, S, width)
     if not inside:
-        bar_outside(zero, plan, numbers, first, rows, j, n, S, vectors)
+        bar_outside(zero, plan, numbers, first, rows, j, n, n_k, S, vectors)
+    if plan.keep.address != 0:
+        drop(zero, plan, numbers, b, h, i, rows, j, n, dP, vectors, False)
     # lines 13 and 17
     factor = numbers.log2_e if terms else numbers.scale_log2_e
     differentiate(zero, plan, numbers, S, dP, bend, n, queries, factor)
     if terms:
-        keep_added(zero, plan, grads, b, h, i, rows, first, j, n, bend, queries)
-    whole = inside and not terms
+        keep_added(zero, plan, grads, b, h, i, rows, first, split, j, n, bend, added, queries)
+    whole = reads or (inside and seen == ALL and plan.bias.address == 0)
+    if plan.keep.address != 0:
+        marked = not whole and queries.finite[0] == zero
+        drop(zero, plan, numbers, b, h, i, rows, j, n, S, vectors, marked)
     # line 21
     if not whole and not finite_rows(zero, K, k_row, n, d_k):
         add_weighted_rows(zero, K, k_row, n, d_k, dP, queries.d_query, vectors)
-    elif inside:
+    elif inside or reads:
         d, dQ = up(d_k, ROW_STEP), queries.d_query
         multiply(zero, K, 1, k_row, d, dP, width, n, dQ, width, vectors, ADD, dQ)
     else:
@@ -176,9 +217,9 @@ def differentiate_tile(
         edge_values(zero, plan, K, k_row, first, rows, j, n, dP, vectors, d_k, dQ, ADD, dQ)
     # lines 16 and 22
     if not whole and queries.finite[0] == zero:
-        add_weighted_columns(zero, dP, n, width, queries.Q_rows, padded(d_k, lanes), dK)
-        add_weighted_columns(zero, S, n, width, queries.G_rows, padded(d_v, lanes), dV)
-    elif inside:
+        add_weighted_columns(zero, numbers, dP, n, width, queries.Q_rows, padded(d_k, lanes), dK)
+        add_weighted_columns(zero, numbers, S, n, width, queries.G_rows, padded(d_v, lanes), dV)
+    elif inside or reads:
         outer(zero, dP, width, n, queries.Q_rows, padded(d_k, lanes), 0, vectors, dK)
         outer(zero, S, width, n, queries.G_rows, padded(d_v, lanes), 0, vectors, dV)
     else:
@@ -187,7 +228,7 @@ def differentiate_tile(
         edge_outer(zero, plan, S, first, rows, j, n, queries.G_rows, wide_v, vectors, dV)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, scratch):
     """Add what one block of queries, `PANELS` panels, contributes to a range of keys."""
     lanes = lane_count(zero)
@@ -206,16 +247,19 @@ def differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, s
     buffer = advance(S, 4 * tile * width)
     panels = advance(buffer, lanes * max(d_k, d_v))
     begin = split * grads.keys
-    end = max(begin, min(rules.key_lengths[b], (split + 1) * grads.keys))
+    n_k = rules.key_lengths[b]
+    end = max(begin, min(plan.n_k if plan.reads else n_k, (split + 1) * grads.keys))
     low, high = end, begin
     for p in range(PANELS):
         i = q0 + p * width
         rows = max(0, min(width, valid - i))
         if rows > 0:
-            bounds = reach(plan, i + offset, rows, rules.key_lengths[b])
+            bounds = reach(plan, i + offset, rows, n_k)
             low, high = min(low, max(begin, bounds[0])), max(high, min(end, bounds[1]))
             queries = queries_at(zero, plan, panels, p, rows)
             begin_queries(zero, plan, numbers, grads, b, h, i, rows, queries, buffer)
+    if plan.reads:
+        low, high = begin, end
     low = low // ROW_STEP * ROW_STEP  # rows of gradients are written in such steps
     g = h % plan.key_heads if plan.tiled_heads else h // (plan.heads // plan.key_heads)
     first_key = (b * plan.key_heads + g) * up(plan.n_k, ROW_STEP)
@@ -233,13 +277,13 @@ def differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, s
         for p in range(PANELS):
             i = q0 + p * width
             rows = max(0, min(width, valid - i))
-            lo, hi, all_lo, all_hi = reach(plan, i + offset, rows, rules.key_lengths[b])
-            if rows > 0 and j < hi and j + n > lo:
+            lo, hi, all_lo, all_hi = reach(plan, i + offset, rows, n_k)
+            if rows > 0 and (plan.reads or (j < hi and j + n > lo)):
                 queries = queries_at(zero, plan, panels, p, rows)
                 inside = j >= all_lo and j + n <= all_hi
                 differentiate_tile(
-                    zero, plan, numbers, grads, rules.slopes[h], b, h, i, rows, i + offset,
-                    tiles, j, n, inside, queries,
+                    zero, plan, numbers, grads, rules.slopes[h], b, h, i, rows, i + offset, n_k,
+                    tiles, split, j, n, inside, queries,
                 )  # fmt: skip
     for p in range(PANELS):
         i = q0 + p * width
@@ -280,17 +324,21 @@ def backward(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes,
     plan, numbers, grads = read_plan(integers), read_numbers(reals), read_gradients(gradients)
     rules = Rules(offsets, n_q, n_k, slopes, sinks)
     size = PANELS * VECTORS * lane_count(zero)
-    blocks, pairs = (plan.n_q + size - 1) // size, plan.batch * plan.key_heads
+    blocks, owners = (plan.n_q + size - 1) // size, grads.items * grads.key_heads
     group = plan.heads // plan.key_heads
     room, claimed = pointer(scratch, zero), pointer(counter, types.int64(0))
+    word = control_word()
+    set_control_word(types.uint32(word | types.uint32(FLUSH)))
     t = claim(claimed)
-    while t < grads.splits * pairs:
+    while t < grads.splits * owners:
         # the first keys first: under a causal mask most queries see them
-        split, pair = t // pairs, t % pairs
-        b, g = pair // plan.key_heads, pair % plan.key_heads
-        for member in range(group):
-            h = member * plan.key_heads + g if plan.tiled_heads else g * group + member
-            for block in range(blocks):
-                differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, room)
-        scale_keys(zero, plan, numbers, grads, pair, split)
+        split, owner = t // owners, t % owners
+        for b in range(owner // grads.key_heads, plan.batch, grads.items):
+            for g in range(owner % grads.key_heads, plan.key_heads, grads.key_heads):
+                for x in range(group * blocks):
+                    member, block = x // blocks, x % blocks
+                    h = member * plan.key_heads + g if plan.tiled_heads else g * group + member
+                    differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, room)
+                scale_keys(zero, plan, numbers, grads, b * plan.key_heads + g, split)
         t = claim(claimed)
+    set_control_word(word)

@@ -1,21 +1,28 @@
 """Attention of a few queries to many keys: every key is read once, in order, by all its queries.
 
 The keys of a head are cut into parts of a fixed size, each with its own maximum, sum and output;
-the parts are merged in order, so the bits do not depend on the number of threads.
+who finishes the last part of a head merges them in order, so the bits do not depend on the number
+of threads. The rows of a key-value head are those of all query heads that read it.
 """
 
 from __future__ import annotations
 
-import math
+from typing import Any, NamedTuple
 
 from numba import njit, types
 
+from refattn.cpu.ahead import none_ahead, rows_ahead
 from refattn.cpu.band import reach
 from refattn.cpu.copying import copy_rows, fill, item_size, rows_of
 from refattn.cpu.elementary import exp2
-from refattn.cpu.host import VECTORS
-from refattn.cpu.plan import OPEN, Plan, Rules, read_numbers, read_plan
-from refattn.cpu.products import ADD, multiply, up
+from refattn.cpu.flags import ALL, NONE, SOME
+from refattn.cpu.merging import leave_part, merge_head
+from refattn.cpu.online import add_weighted_columns, finite_rows, largest
+from refattn.cpu.plan import Plan, Rules, query_head, read_numbers, read_plan
+from refattn.cpu.products import up
+from refattn.cpu.rowlogits import adjust_row, bar_row, group_census
+from refattn.cpu.rowscores import lay_row, rows_times_keys, rows_together
+from refattn.cpu.rowvalues import TALL, add_row_values
 from refattn.cpu.simd import (
     add,
     advance,
@@ -23,105 +30,140 @@ from refattn.cpu.simd import (
     fma,
     lane_count,
     load,
-    maximum,
-    mul,
     pointer,
     splat,
     store,
     sum_lanes,
-    transpose,
 )
-from refattn.cpu.tile import add_outer, add_tile, zero_tile
 
 PART = 512
 """Keys a part."""
 
 TILE = 64
-"""Keys that are copied at once where they cannot be read in place."""
+"""Keys that are worked on together, and copied where they cannot be read in place."""
 
-MOST_ROWS = 4
-"""Query rows that share a key-value head, at most."""
+FEW_ROWS = 32
+"""Query rows of a key-value head for which this kernel is the faster one."""
 
-WIDE = 8
-"""Vectors of a row of values that are summed at once: rows are then read as they lie."""
+MOST_ROWS = 128
+"""Rows for which it is worth its parts: where few rows are one head's, or the heads are few."""
 
-ROOM_ROWS = 8
-"""Rows that scratch has, as many as the tallest register tile."""
+
+class Room(NamedTuple):
+    """Scratch of a thread, by pointers."""
+
+    Q: Any
+    """Queries as `lay_row` leaves them, (rows, d_k)."""
+    O: Any
+    """Outputs, (rows, d_v), d in whole vectors."""
+    P: Any
+    """Products, then weights, of a part, (rows, PART + lanes)."""
+    copied: Any
+    """Keys or values of a tile, (TILE, d); at other times a row."""
+    added: Any
+    """Bias of a row, (PART + lanes,)."""
 
 
 def suits(plan: Plan) -> bool:
-    """Return whether a plan is for `decode`: few rows, all of them seeing the same keys."""
+    """Return whether a plan is for `decode`; the batch has no say, it would change the bits."""
     rows = plan.n_q * (plan.heads // plan.key_heads)
-    banded = plan.left < OPEN or plan.right < OPEN
-    return rows <= MOST_ROWS and not plan.terms and (plan.n_q == 1 or not banded)
+    if plan.keep.address or plan.reads:
+        return False
+    return rows <= FEW_ROWS or (rows <= MOST_ROWS and (plan.n_q <= 16 or plan.heads <= 4))
 
 
 def scratch_size(plan: Plan, lanes: int) -> int:
     """Return how many numbers of scratch a thread of `decode` needs."""
     d = -(-max(plan.d_k, plan.d_v) // lanes) * lanes
-    return ROOM_ROWS * (2 * d + PART + lanes) + TILE * d + 2 * lanes * lanes
+    return (MOST_ROWS + 2 * lanes) * (2 * d + PART + lanes) + TILE * d + PART + lanes
 
 
 def parts_of(plan: Plan) -> int:
-    """Return the number of parts of a head's keys."""
-    return -(-plan.n_k // PART)
+    """Return the number of parts of a head's keys; at least one, which may be empty."""
+    return max(1, -(-plan.n_k // PART))
+
+
+def results_size(plan: Plan, lanes: int) -> int:
+    """Return how many numbers the results of all parts are; see `merging`."""
+    rows = plan.batch * plan.heads * plan.n_q * parts_of(plan)
+    return rows * (-(-plan.d_v // lanes) + 1) * lanes
 
 
 @njit(error_model="numpy")
-def dot_rows(zero, K, k_row, n, Q, rows, d, squares, logits):
-    """Write the products of n keys with each query: lanes are features, then keys.
-
-    Each vector sums its own share of the features; a square of them is turned and added up.
-
-    Args:
-        zero: a number of the computing format.
-        K: (n, d), by pointer.
-        k_row: elements from one key to the next.
-        n: keys.
-        Q: (rows, d), by pointer.
-        rows: queries.
-        d: features, whole vectors.
-        squares: scratch, two squares of lanes.
-        logits: (rows, PART + lanes), by pointer; written in whole vectors.
-    """
+def room_at(zero, plan, scratch):
+    """Return the scratch of a thread; there is room for more rows than are together."""
     lanes = lane_count(zero)
-    turned = advance(squares, lanes * lanes)
-    for j in range(0, n, lanes):
-        keys = min(lanes, n - j)
-        for r in range(rows):
-            for y in range(keys):
-                k, q = (j + y) * k_row, r * d
-                total = mul(load(K, k), load(Q, q))
-                for x in range(lanes, d, lanes):
-                    total = fma(load(K, k + x), load(Q, q + x), total)
-                store(squares, y * lanes, total)
-            transpose(squares, lanes, turned, lanes)
-            total = load(turned, 0)
-            for x in range(1, lanes):
-                total = add(total, load(turned, x * lanes))
-            store(logits, r * (PART + lanes) + j, total)
+    d, rows = up(max(plan.d_k, plan.d_v), lanes), MOST_ROWS + 2 * lanes
+    Q = pointer(scratch, zero)
+    O, P = advance(Q, rows * d), advance(Q, 2 * rows * d)
+    copied = advance(P, rows * (PART + lanes))
+    return Room(Q, O, P, copied, advance(copied, TILE * d))
 
 
 @njit(error_model="numpy")
-def weigh_row(zero, numbers, P, n):
-    """Turn n products into weights, and return their maximum in powers of two and their sum.
+def load_rows(zero, plan, b, g, valid, room):
+    """Load the queries that read one key-value head: of each query head its valid rows."""
+    q, d = plan.query, up(plan.d_k, lane_count(zero))
+    rows, first, together = plan.heads // plan.key_heads * valid, 0, 0
+    fill(zero, room.Q, d, up(rows, 2 * lane_count(zero)), d)
+    for r in range(rows):
+        if r == first + together:
+            first, together = r, rows_together(zero, rows - r)
+        member, i = r // valid, r % valid
+        place = b * q.batch + query_head(plan, g, member) * q.head + i * q.row
+        start = q.address + place * item_size(zero, plan.storage)
+        copy_rows(zero, start, plan.storage, q.row, q.column, 1, plan.d_k, room.copied, d)
+        if plan.negative:
+            for x in range(plan.d_k):
+                room.copied[x] = -room.copied[x]
+        lay_row(zero, room.copied, plan.d_k, r - first, together, advance(room.Q, first * d))
+
+
+@njit(error_model="numpy")
+def score_part(zero, plan, b, g, low, high, rows, room):
+    """Write the products of the rows with the keys low, ..., high - 1 into P.
+
+    Spec: FA1-ALG1 line 9.
+    """
+    p_row, d, k = PART + lane_count(zero), up(plan.d_k, lane_count(zero)), plan.key
+    fill(zero, advance(room.copied, plan.d_k), d, TILE, d - plan.d_k)
+    for j in range(low, high, TILE):
+        n = min(TILE, high - j)
+        K, k_row = rows_of(
+            zero, plan.storage, k, b, g, j, n, plan.n_k, plan.d_k, lane_count(zero), room.copied, d
+        )
+        ahead = rows_ahead(zero, plan, k, b, g, j + TILE)
+        if j + TILE >= high:
+            ahead = rows_ahead(zero, plan, plan.value, b, g, low)
+        r = 0
+        while r < rows:
+            together = rows_together(zero, rows - r)
+            Q, S = advance(room.Q, r * d), advance(room.P, r * p_row + j - low)
+            rows_times_keys(zero, K, k_row, n, Q, together, d, S, p_row, ahead)
+            ahead = none_ahead()
+            r += together
+
+
+@njit(error_model="numpy")
+def weigh_row(zero, numbers, P, n, factor):
+    """Turn n logits into weights, and return their maximum in powers of two and their sum.
 
     Spec: FA1-ALG1 line 10.
+
+        m = factor · max S;  P̃ = 2^(factor · S - m);  ℓ = Σ P̃
     """
     lanes = lane_count(zero)
-    for j in range(n, up(n, lanes)):
+    whole = up(n, lanes)
+    for j in range(n, whole):
         P[j] = -numbers.infinity
-    c, m_tilde = splat(numbers.scale_log2_e), splat(-numbers.infinity)
-    for j in range(0, n, lanes):
-        m_tilde = maximum(load(P, j), m_tilde)
-    store(P, up(n, lanes), m_tilde)
-    largest = -numbers.infinity
-    for i in range(up(n, lanes), up(n, lanes) + lanes):
-        largest = max(largest, P[i])
-    m = largest * numbers.scale_log2_e
-    shift = splat(-m if m > -numbers.infinity else zero)
+    store(P, whole, largest(P, 0, whole // lanes, lanes, splat(-numbers.infinity)))
+    m_tilde = -numbers.infinity
+    for j in range(whole, whole + lanes):
+        m_tilde = max(m_tilde, P[j])
+    m = m_tilde * factor
+    c, shift = splat(factor), splat(-m if m > -numbers.infinity else zero)
     total = splat(zero)
-    for j in range(0, n, lanes):
+    for j in range(0, whole, lanes):
         P_tilde = exp2(fma(load(P, j), c, shift))
         store(P, j, P_tilde)
         total = add(total, P_tilde)
@@ -129,126 +171,99 @@ def weigh_row(zero, numbers, P, n):
 
 
 @njit(error_model="numpy")
-def load_queries(zero, plan, b, g, group, Q, d):
-    """Load the query rows that read one key-value head, padded with zeros."""
-    q = plan.query
-    fill(zero, Q, d, ROOM_ROWS, d)
-    for member in range(group):
-        h = member * plan.key_heads + g if plan.tiled_heads else g * group + member
-        start = q.address + (b * q.batch + h * q.head) * item_size(zero, plan.storage)
-        rows = advance(Q, member * plan.n_q * d)
-        copy_rows(zero, start, plan.storage, q.row, q.column, plan.n_q, plan.d_k, rows, d)
-    if plan.negative:
-        for x in range(group * plan.n_q * d):
-            Q[x] = -Q[x]
+def weigh_part(
+    zero, plan, numbers, slopes, first, b, g, low, high, valid, masked, room, parts, row_step
+):
+    """Turn the products of a part into weights, and write maximum and sum of every row.
 
-
-@njit(error_model="numpy")
-def add_values(zero, P, rows, n, V, v_row, O, d):
-    """Add P V to O; one row at a time where whole rows of V can be read in order.
-
-    Args:
-        zero: a number of the computing format.
-        P: (rows, PART + lanes), by pointer.
-        rows: queries.
-        n: keys.
-        V: (n, d), by pointer.
-        v_row: elements from one key to the next.
-        O: (ROOM_ROWS, d), by pointer.
-        d: features, whole vectors.
-    """
-    lanes = lane_count(zero)
-    x = 0
-    while x + WIDE * lanes <= d:
-        for r in range(rows):
-            weights, V_x = advance(P, r * (PART + lanes)), advance(V, x)
-            tile = zero_tile(zero, 1, WIDE)
-            for y in range(n):
-                tile = add_outer(tile, weights, y, 0, V_x, y * v_row)
-            add_tile(tile, O, r * d + x, d)
-        x += WIDE * lanes
-    while x < d:
-        wide = min(VECTORS, (d - x) // lanes)
-        V_x, O_x = advance(V, x), advance(O, x)
-        P_row = PART + lanes
-        multiply(zero, P, P_row, 1, MOST_ROWS, V_x, v_row, n, O_x, d, wide, ADD, O_x)
-        x += wide * lanes
-
-
-@njit(error_model="numpy")
-def decode_part(zero, plan, numbers, b, g, low, high, scratch, group, parts, stride):
-    """Write maximum, sum and output of every query over the keys low, ..., high - 1.
-
-    Spec: FA1-ALG1 lines 9-12.
+    Spec: FA1-ALG1 line 10.
 
     Args:
         zero: a number of the computing format.
         plan: of the attention.
-        numbers: of the attention.
+        numbers: likewise.
+        slopes: by query head.
+        first: position of query row 0, tokens.
         b: batch item.
         g: key-value head.
         low: first key.
-        high: end of the keys, at most `PART` after the first.
-        scratch: of this thread.
-        group: query heads that read the head.
-        parts: results of the head's first query, by pointer: m, ℓ, O unnormalised.
-        stride: elements from one query's results to the next.
+        high: end of the keys.
+        valid: rows of each query head.
+        masked: whether the mask forbids some of the keys.
+        room: of this thread.
+        parts: results of the first row in this part, by pointer.
+        row_step: elements from one row's results to the next.
     """
-    lanes, rows = lane_count(zero), group * plan.n_q
-    d_k, d_v = up(plan.d_k, lanes), up(plan.d_v, lanes)
-    d = max(d_k, d_v)
-    Q, O, P = scratch, advance(scratch, ROOM_ROWS * d), advance(scratch, 2 * ROOM_ROWS * d)
-    copied = advance(P, ROOM_ROWS * (PART + lanes))
-    squares = advance(copied, TILE * d)
-    load_queries(zero, plan, b, g, group, Q, d_k)
-    fill(zero, copied, d, TILE, d)
-    k, v = plan.key, plan.value
-    for j in range(low, high, TILE):  # line 9
-        n = min(TILE, high - j)
-        K, k_row = rows_of(
-            zero, plan.storage, k, b, g, j, n, plan.n_k, plan.d_k, lanes, copied, d_k
-        )
-        dot_rows(zero, K, k_row, n, Q, rows, d_k, squares, advance(P, j - low))
-    for r in range(rows):  # line 10
-        m, total = weigh_row(zero, numbers, advance(P, r * (PART + lanes)), high - low)
-        parts[r * stride] = m
-        parts[r * stride + 1] = total
-    fill(zero, O, d_v, ROOM_ROWS, d_v)
-    for j in range(low, high, TILE):  # line 12
-        n = min(TILE, high - j)
-        V, v_row = rows_of(
-            zero, plan.storage, v, b, g, j, n, plan.n_k, plan.d_v, lanes, copied, d_v
-        )
-        add_values(zero, advance(P, j - low), rows, n, V, v_row, O, d_v)
-    for r in range(rows):
-        for x in range(plan.d_v):
-            parts[r * stride + 2 + x] = O[r * d_v + x]
+    n, d = high - low, up(plan.d_v, lane_count(zero))
+    factor = numbers.log2_e if plan.terms else numbers.scale_log2_e
+    for r in range(plan.heads // plan.key_heads * valid):
+        h, i = query_head(plan, g, r // valid), r % valid
+        P = advance(room.P, r * (PART + lane_count(zero)))
+        if plan.terms:
+            slope, added = slopes[h], room.added
+            adjust_row(zero, plan, numbers, slope, b, h, i, first + i, low, n, P, added)
+        bar_row(zero, plan, numbers, b, h, i, first + i, low, n, P, masked)
+        m, total = weigh_row(zero, numbers, P, n, factor)
+        parts[r * row_step + d], parts[r * row_step + d + 1] = m, total
 
 
 @njit(error_model="numpy")
-def merge_parts(zero, plan, numbers, sink, parts, count, O):
-    """Merge the parts of one query in order, write its output and return its logsumexp.
+def add_read_values(zero, numbers, P, p_row, rows, n, V, O, d):
+    """Add P V to O where a weight of zero reads nothing; the bits of `add_row_values`.
 
-    Spec: FA1-ALG1 lines 11-13, OWN-SINK1, OWN-EMPTY1.
+    Spec: OWN-POISON1.
     """
-    stride = plan.d_v + 2
-    m = sink * numbers.log2_e if plan.sinks else -numbers.infinity
-    for s in range(count):
-        m = max(m, parts[s * stride])
-    shift = m if m > -numbers.infinity else zero
-    total = zero
-    if plan.sinks:
-        total += 2.0 ** (sink * numbers.log2_e - shift)
-    fill(zero, O, 0, 1, plan.d_v)
-    for s in range(count):
-        weight = 2.0 ** (parts[s * stride] - shift)
-        total += weight * parts[s * stride + 1]
-        for x in range(plan.d_v):
-            O[x] += weight * parts[s * stride + 2 + x]
-    if total != zero:
-        for x in range(plan.d_v):
-            O[x] /= total
-    return m * 0.6931471805599453 + math.log(types.float64(total))
+    total = advance(O, MOST_ROWS * d)
+    for r in range(rows):
+        fill(zero, total, 0, 1, d)
+        add_weighted_columns(zero, numbers, advance(P, r * p_row), 1, n, V, d, total)
+        for x in range(0, d, lane_count(zero)):
+            store(O, r * d + x, add(load(O, r * d + x), load(total, x)))
+
+
+@njit(error_model="numpy")
+def value_part(zero, plan, numbers, b, g, low, high, rows, plain, room, parts, row_step):
+    """Write the weighted values of a part for every row; plain if every row sees every key.
+
+    Spec: FA1-ALG1 line 12, OWN-POISON1.
+    """
+    p_row, d, v = PART + lane_count(zero), up(plan.d_v, lane_count(zero)), plan.value
+    fill(zero, room.O, d, up(rows, TALL), d)
+    fill(zero, advance(room.copied, plan.d_v), d, TILE, d - plan.d_v)
+    for j in range(low, high, TILE):
+        n = min(TILE, high - j)
+        V, v_row = rows_of(
+            zero, plan.storage, v, b, g, j, n, plan.n_k, plan.d_v, lane_count(zero), room.copied, d
+        )
+        P = advance(room.P, j - low)
+        if plain or finite_rows(zero, V, v_row, n, plan.d_v):
+            ahead = rows_ahead(zero, plan, v, b, g, j + TILE) if j + TILE < high else none_ahead()
+            add_row_values(zero, P, p_row, rows, n, V, v_row, room.O, d, ahead)
+        else:
+            start = v.address + (b * v.batch + g * v.head + j * v.row) * item_size(
+                zero, plan.storage
+            )
+            copy_rows(zero, start, plan.storage, v.row, v.column, n, plan.d_v, room.copied, d)
+            add_read_values(zero, numbers, P, p_row, rows, n, room.copied, room.O, d)
+    for r in range(rows):
+        for x in range(0, d, lane_count(zero)):
+            store(parts, r * row_step + x, load(room.O, r * d + x))
+
+
+@njit(error_model="numpy")
+def attend_part(
+    zero, plan, numbers, slopes, first, b, g, low, high, valid, plain, masked, room, parts, row_step
+):
+    """Attend from the rows of a key-value head to one part of its keys.
+
+    Spec: FA1-ALG1 lines 9-12.
+    """
+    rows = plan.heads // plan.key_heads * valid
+    score_part(zero, plan, b, g, low, high, rows, room)
+    weigh_part(
+        zero, plan, numbers, slopes, first, b, g, low, high, valid, masked, room, parts, row_step
+    )
+    value_part(zero, plan, numbers, b, g, low, high, rows, plain, room, parts, row_step)
 
 
 def decode(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes, sinks, place):
@@ -265,46 +280,39 @@ def decode(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes, s
         n_k: key lengths.
         slopes: by head.
         sinks: by head.
-        place: (address of (b, h_k, rows, parts, 2 + d_v) numbers, parts).
+        place: (address of `results_size` numbers, parts, address of the numbers of finished parts
+            by key-value head, zeros).
     """
     plan, numbers = read_plan(integers), read_numbers(reals)
     rules = Rules(offsets, n_q, n_k, slopes, sinks)
-    group, claimed = plan.heads // plan.key_heads, pointer(counter, types.int64(0))
-    count, stride = place[1], plan.d_v + 2
-    pairs, rows = plan.batch * plan.key_heads, group * plan.n_q
-    results = pointer(place[0], zero)
+    claimed, finished = pointer(counter, types.int64(0)), pointer(place[2], types.int64(0))
+    results, count, room = pointer(place[0], zero), place[1], room_at(zero, plan, scratch)
+    d, group = up(plan.d_v, lane_count(zero)), plan.heads // plan.key_heads
+    row_step = count * (d + lane_count(zero))
+    loaded = -1
     t = claim(claimed)
-    while t < pairs * count:
+    while t < plan.batch * plan.key_heads * count:
         pair, part = t // count, t % count
         b, g = pair // plan.key_heads, pair % plan.key_heads
-        low, high, _, _ = reach(plan, rules.offsets[b], plan.n_q, rules.key_lengths[b])
+        first, valid = rules.offsets[b], rules.query_lengths[b]
+        low, high, all_low, all_high = reach(plan, first, valid, rules.key_lengths[b])
         low, high = max(low, part * PART), min(high, (part + 1) * PART)
-        first = advance(results, (pair * rows * count + part) * stride)
-        if low < high:
-            room = pointer(scratch, zero)
-            decode_part(zero, plan, numbers, b, g, low, high, room, group, first, count * stride)
+        head = advance(results, pair * group * plan.n_q * row_step)
+        parts = advance(head, part * (d + lane_count(zero)))
+        allowed = ALL
+        if plan.mask.address != 0 and low < high:
+            allowed = group_census(plan, b, g, valid, low, high - low)
+        if valid > 0 and low < high and allowed != NONE:
+            if loaded != pair:
+                load_rows(zero, plan, b, g, valid, room)
+                loaded = pair
+            plain = low >= all_low and high <= all_high and allowed == ALL
+            attend_part(
+                zero, plan, numbers, slopes, first, b, g, low, high, valid,
+                plain and plan.bias.address == 0, allowed == SOME, room, parts, row_step,
+            )  # fmt: skip
         else:
-            for r in range(rows):
-                fill(zero, advance(first, r * count * stride), 0, 1, stride)
-                first[r * count * stride] = -numbers.infinity
+            leave_part(zero, numbers, group * valid, parts, row_step, d)
+        if claim(advance(finished, pair)) == count - 1:
+            merge_head(zero, plan, numbers, b, g, rules.sinks, valid, head, count, room.O)
         t = claim(claimed)
-
-
-def merge_all(zero, integers, reals, query_lengths, sinks, place):
-    """Merge the parts of every query; arguments as `decode`."""
-    plan, numbers = read_plan(integers), read_numbers(reals)
-    group, count = plan.heads // plan.key_heads, place[1]
-    results, L = pointer(place[0], zero), pointer(plan.logsumexp, zero)
-    out = pointer(plan.output.address, zero)
-    for b in range(plan.batch):
-        for h in range(plan.heads):
-            g = h % plan.key_heads if plan.tiled_heads else h // group
-            member = h // plan.key_heads if plan.tiled_heads else h % group
-            pair = b * plan.key_heads + g
-            for i in range(plan.n_q):
-                row = (pair * group + member) * plan.n_q + i
-                parts = advance(results, row * count * (plan.d_v + 2))
-                at = (b * plan.heads + h) * plan.n_q + i
-                seen = count if i < query_lengths[b] else 0
-                O = advance(out, at * plan.d_v)
-                L[at] = merge_parts(zero, plan, numbers, sinks[h], parts, seen, O)

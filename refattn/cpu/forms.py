@@ -1,8 +1,8 @@
 """What calls of one form share is decided once: their contract, and their plan but for addresses.
 
-Both depend on how query, key, value, mask and bias are laid out, never on the numbers in them, and
-on the values of the other options. A call is of a known form if all these are the same; whatever
-else is asked about takes the whole way, which also finds the sentence for what is refused.
+Both depend on how query, key, value, mask, bias and keep are laid out, never on the numbers in
+them, and on the values of the other options. A call is of a known form if all these are the same;
+whatever else is asked about takes the whole way, which also finds the sentence for what is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KEPT = 512
 VALUES = frozenset({type(None), bool, int, float, str, np.bool_, np.int64, np.float32, np.float64})
 """Types of options that are equal only if they mean the same."""
 
-LOGITS = ("mask", "bias")
+LOGITS = ("mask", "bias", "keep")
 """Options of which only the layout matters, as of query, key and value."""
 
 FLAT = TABLE + 8
@@ -124,7 +124,7 @@ def place(form: Form, arrays: tuple[NDArray | None, ...]) -> Job:
 
     Args:
         form: of the call.
-        arrays: query, key, value, mask and bias.
+        arrays: query, key, value, mask, bias and keep.
     """
     output, logsumexp = np.empty(form.shape, form.dtype), np.empty(form.shape[:-1], form.dtype)
     record = form.job.copy()

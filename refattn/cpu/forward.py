@@ -12,8 +12,9 @@ from numba import njit, types
 from refattn.cpu.band import reach
 from refattn.cpu.banded import edge_scores, edge_values, scores
 from refattn.cpu.copying import fetch_rows, rows_of
+from refattn.cpu.flags import ALL, NONE, census
 from refattn.cpu.host import VECTORS
-from refattn.cpu.logits import adjust, bar_outside, gather_added
+from refattn.cpu.logits import adjust, bar_masked, bar_outside, drop
 from refattn.cpu.online import add_weighted_rows, finite_rows, scale_panel, softmax_tile
 from refattn.cpu.panel import begin_panel, end_panel, leave_empty, panel_at
 from refattn.cpu.plan import Plan, Rules, read_numbers, read_plan
@@ -24,20 +25,22 @@ from refattn.cpu.simd import (
     lane_count,
     pointer,
 )
+from refattn.cpu.subnormal import FLUSH, control_word, set_control_word
 
 
 def scratch_size(plan: Plan, lanes: int) -> int:
     """Return how many numbers of scratch a thread of `forward` needs."""
     d_k, d_v, tile = plan.d_k, -(-plan.d_v // ROW_STEP) * ROW_STEP, plan.key_tile + ROW_STEP
     width = VECTORS * lanes
-    panels = plan.panels * width * (d_k + d_v + 3)
+    panels = plan.panels * width * (d_k + d_v + 4)
     return panels + 2 * tile * width + tile * (d_k + d_v) + width * max(d_k, d_v)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def attend_tile(
-    zero, plan, numbers, slope, b, h, i, rows, first, K, k_row, V, v_row, j, n, inside, panel
-):
+    zero, plan, numbers, slope, b, h, i, rows, first, n_k, K, k_row, V, v_row, j, n, inside, finite,
+    panel,
+):  # fmt: skip
     """Attend from one panel of queries to one tile of keys.
 
     Spec: FA1-ALG1 lines 9-13.
@@ -52,6 +55,7 @@ def attend_tile(
         i: the panel's first query row.
         rows: of the panel.
         first: position of row i, tokens.
+        n_k: valid keys.
         K: the tile's keys, by pointer.
         k_row: elements from one key to the next.
         V: the tile's values, likewise.
@@ -59,31 +63,42 @@ def attend_tile(
         j: the tile's first key.
         n: keys of the tile.
         inside: whether every row sees every key of the tile.
+        finite: whether the values are known to be finite.
         panel: of the queries.
     """
+    seen, reads = census(plan.mask, b, h, i, rows, j, n), plan.reads != 0
+    if seen == NONE and not reads:
+        return
     Q, O, S, added, vectors = panel.Q, panel.O, panel.S, panel.added, panel.vectors
     width, terms = vectors * lane_count(zero), plan.terms != 0
     # line 9
-    if inside:
+    if inside or reads:
         scores(zero, K, k_row, n, Q, width, 0, vectors, plan.d_k, S)
     else:
         edge_scores(zero, plan, K, k_row, first, rows, j, n, Q, vectors, plan.d_k, S)
     if terms:
-        if plan.mask.address != 0 or plan.bias.address != 0:
-            gather_added(zero, plan, numbers, b, h, i, rows, j, n, added, width)
-        adjust(zero, plan, numbers, slope, first, j, n, S, added, vectors, added, False)
+        adjust(
+            zero, plan, numbers, slope, b, h, i, rows, first, j, n, S, added, vectors, panel.read,
+            False,
+        )  # fmt: skip
+    if seen != ALL:
+        bar_masked(zero, plan, numbers, b, h, i, rows, j, n, S, width)
     if not inside:
-        bar_outside(zero, plan, numbers, first, rows, j, n, S, vectors)
+        bar_outside(zero, plan, numbers, first, rows, j, n, n_k, S, vectors)
     # lines 10-11
     factor = numbers.log2_e if terms else numbers.scale_log2_e
     softmax_tile(zero, numbers, S, n, panel, factor)
     # line 12, the division by l left to the end
-    all_read = (inside and not terms) or finite_rows(zero, V, v_row, n, plan.d_v)
     d_v, alpha = plan.d_v, panel.alpha
+    allowed = reads or (inside and seen == ALL and plan.bias.address == 0)
+    given = plan.mask.address != 0 or plan.bias.address != 0
+    all_read = allowed or finite or (not given and finite_rows(zero, V, v_row, n, d_v))
+    if plan.keep.address != 0:
+        drop(zero, plan, numbers, b, h, i, rows, j, n, S, vectors, not all_read)
     if not all_read:
         scale_panel(O, alpha, d_v, vectors, zero)
         add_weighted_rows(zero, V, v_row, n, d_v, S, O, vectors)
-    elif inside:
+    elif inside or reads:
         d = up(d_v, ROW_STEP)
         multiply(zero, V, 1, v_row, d, S, width, n, O, width, vectors, SCALE, alpha)
     else:
@@ -91,6 +106,17 @@ def attend_tile(
 
 
 @njit(error_model="numpy")
+def divide(plan, scratch, d_v, width):
+    """Return the parts of the scratch memory of a block, in the order in which they lie."""
+    tile = up(plan.key_tile, ROW_STEP)
+    keys, values = scratch, advance(scratch, tile * plan.d_k)
+    S = advance(values, tile * d_v)
+    added = advance(S, tile * width)
+    buffer = advance(added, tile * width)
+    return keys, values, S, added, buffer, advance(buffer, width * max(plan.d_k, plan.d_v))
+
+
+@njit(error_model="numpy", inline="always")
 def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
     """Attend from one block of queries, `plan.panels` panels, to all keys in reach.
 
@@ -105,14 +131,8 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
     n_k, offset = rules.key_lengths[b], rules.offsets[b]
     leave_empty(zero, plan, numbers, b, h, valid, last, sinks[h])
     d_v = up(plan.d_v, ROW_STEP)
-    tile = up(plan.key_tile, ROW_STEP)
-    # scratch, in order
-    keys, values = scratch, advance(scratch, tile * plan.d_k)
-    S = advance(values, tile * d_v)
-    added = advance(S, tile * width)
-    buffer = advance(added, tile * width)
-    panels = advance(buffer, width * max(plan.d_k, plan.d_v))
-    panel_size = width * (plan.d_k + d_v + 3)
+    keys, values, S, added, buffer, panels = divide(plan, scratch, d_v, width)
+    panel_size = width * (plan.d_k + d_v + 4)
     low, high = n_k, 0
     for p in range(count):
         i = q0 + p * width
@@ -121,6 +141,8 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
         begin_panel(zero, plan, numbers, b, h, i, rows, sinks[h], panel, buffer)
         bounds = reach(plan, i + offset, rows, n_k)
         low, high = min(low, bounds[0]), max(high, bounds[1])
+    if plan.reads:
+        low, high = 0, plan.n_k
     g = h % plan.key_heads if plan.tiled_heads else h // (plan.heads // plan.key_heads)
     # tiles begin at the same keys for every panel, whatever else is in its block
     for j in range(low // plan.key_tile * plan.key_tile, high, plan.key_tile):
@@ -132,12 +154,16 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
             zero, plan.storage, plan.value, b, g, j, n, plan.n_k, plan.d_v, ROW_STEP, values, d_v
         )
         ahead = min(plan.key_tile, high - j - n)
+        given = plan.mask.address != 0 or plan.bias.address != 0
+        finite = given and finite_rows(zero, V, v_row, n, plan.d_v)
         for p in range(count):
             i = q0 + p * width
             rows = min(width, valid - i)
             lo, hi, all_lo, all_hi = reach(plan, i + offset, rows, n_k)
             # whole steps of rows from the tile's first key on, so that none beyond its last is read
             start, stop = max(j, lo // ROW_STEP * ROW_STEP), min(j + n, hi)
+            if plan.reads:
+                start, stop = j, j + n
             if start < stop:
                 panel = panel_at(zero, plan, panels, p, panel_size, S, added, rows)
                 K_p, V_p = advance(K, (start - j) * k_row), advance(V, (start - j) * v_row)
@@ -147,8 +173,8 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
                 fetch_rows(zero, plan.storage, plan.value, b, g, j + n + y, stop_y - y, plan.d_v)
                 inside = start >= all_lo and stop <= all_hi
                 attend_tile(
-                    zero, plan, numbers, slopes[h], b, h, i, rows, i + offset,
-                    K_p, k_row, V_p, v_row, start, stop - start, inside, panel,
+                    zero, plan, numbers, slopes[h], b, h, i, rows, i + offset, n_k,
+                    K_p, k_row, V_p, v_row, start, stop - start, inside, finite, panel,
                 )  # fmt: skip
     for p in range(count):
         i = q0 + p * width
@@ -177,6 +203,8 @@ def forward(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes, 
     size = plan.panels * VECTORS * lane_count(zero)
     blocks, pairs = (plan.n_q + size - 1) // size, plan.batch * plan.heads
     room, claimed = pointer(scratch, zero), pointer(counter, types.int64(0))
+    word = control_word()
+    set_control_word(types.uint32(word | types.uint32(FLUSH)))
     t = claim(claimed)
     while t < blocks * pairs:
         # the last blocks first: under a causal mask they are the longest
@@ -184,3 +212,4 @@ def forward(zero, scratch, counter, integers, reals, offsets, n_q, n_k, slopes, 
         b, h = pair // plan.heads, pair % plan.heads
         attend_block(zero, plan, numbers, rules, b, h, block, room)
         t = claim(claimed)
+    set_control_word(word)

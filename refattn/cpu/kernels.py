@@ -16,12 +16,11 @@ from refattn.cpu.compiling import kernel
 from refattn.cpu.plan import entry
 from refattn.cpu.rotation import rotate_rows as _rotate_rows
 
-forward_blocks = njit(error_model="numpy")(_forward.forward)
-backward_ranges = njit(error_model="numpy")(_backward.backward)
-decode_parts = njit(error_model="numpy")(_decode.decode)
-merge_queries = njit(error_model="numpy")(_decode.merge_all)
-turn_rows = njit(error_model="numpy")(_rotate_rows)
-write_biases = njit(error_model="numpy")(_bias_rows)
+forward_blocks = njit(error_model="numpy", inline="always")(_forward.forward)
+backward_ranges = njit(error_model="numpy", inline="always")(_backward.backward)
+decode_parts = njit(error_model="numpy", inline="always")(_decode.decode)
+turn_rows = njit(error_model="numpy", inline="always")(_rotate_rows)
+write_biases = njit(error_model="numpy", inline="always")(_bias_rows)
 
 
 @kernel
@@ -54,17 +53,6 @@ def decode(zero, scratch, job):
     decode_parts(
         zero, scratch, job, entry(job, 0, n), entry(job, 1, zero), entry(job, 2, n),
         entry(job, 3, n), entry(job, 4, n), entry(job, 5, zero), entry(job, 6, zero),
-        entry(job, 7, n),
-    )  # fmt: skip
-    return 0
-
-
-@kernel
-def merge_all(zero, scratch, job):
-    """See `refattn.cpu.decode.merge_all`."""
-    n = types.int64(0)
-    merge_queries(
-        zero, entry(job, 0, n), entry(job, 1, zero), entry(job, 3, n), entry(job, 6, zero),
         entry(job, 7, n),
     )  # fmt: skip
     return 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from numba import njit
 
-from refattn.cpu.elementary import exp2, smallest
+from refattn.cpu.elementary import exp2, ones
 from refattn.cpu.simd import (
     add,
+    div,
     fma,
     lane_count,
     load,
@@ -16,6 +17,7 @@ from refattn.cpu.simd import (
     store,
     sub,
     sum_lanes,
+    where_equal,
     where_less,
 )
 
@@ -92,24 +94,25 @@ def scale_panel(O, alpha, d, vectors, zero):
 
 @njit(error_model="numpy")
 def finite_rows(zero, V, v_row, n, d):
-    """Return whether n rows hold finite numbers only: x - x is 0 for these alone."""
+    """Return whether n rows hold finite numbers only: 0 · x is 0 for these alone."""
     lanes = lane_count(zero)
-    total, rest = splat(zero), zero
+    total = odd = nothing = splat(zero)
+    rest = zero
     for y in range(n):
         c = 0
-        while c + lanes <= d:
-            x = load(V, y * v_row + c)
-            total = add(total, sub(x, x))
-            c += lanes
+        while c + 2 * lanes <= d:  # two chains: a sum waits for the one before
+            total = fma(load(V, y * v_row + c), nothing, total)
+            odd = fma(load(V, y * v_row + c + lanes), nothing, odd)
+            c += 2 * lanes
         while c < d:
-            rest += V[y * v_row + c] - V[y * v_row + c]
+            rest += V[y * v_row + c] * zero
             c += 1
-    return sum_lanes(total) + rest == zero
+    return sum_lanes(add(total, odd)) + rest == zero
 
 
 @njit(error_model="numpy")
 def add_weighted_rows(zero, V, v_row, n, d, P, O, vectors):
-    """Add Vᵀ Pᵀ to Oᵀ, where a weight of zero reads nothing of its row.
+    """Add Vᵀ Pᵀ to Oᵀ, where a weight of +0 reads nothing of its row.
 
     Spec: OWN-POISON1.
     """
@@ -117,18 +120,18 @@ def add_weighted_rows(zero, V, v_row, n, d, P, O, vectors):
     for y in range(n):
         for v in range(vectors):
             weight = load(P, (y * vectors + v) * lanes)
-            size = maximum(sub(splat(zero), weight), weight)
+            # ∞ only for a weight too small to be normal; a NaN reads
+            inverse, most = div(ones(weight), weight), div(ones(weight), splat(zero))
             for x in range(d):
                 at = (x * vectors + v) * lanes
                 old = load(O, at)
                 total = fma(weight, splat(V[y * v_row + x]), old)
-                # a weight that is no number is not less, and reads
-                store(O, at, where_less(size, smallest(size), old, total))
+                store(O, at, where_equal(inverse, most, old, total))
 
 
 @njit(error_model="numpy")
-def add_weighted_columns(zero, P, n, width, rows, d, C):
-    """Add P · rows to C, where a weight of zero reads nothing of its row.
+def add_weighted_columns(zero, numbers, P, n, width, rows, d, C):
+    """Add P · rows to C, where a weight of +0 reads nothing of its row.
 
     Spec: OWN-POISON1.
     """
@@ -136,7 +139,7 @@ def add_weighted_columns(zero, P, n, width, rows, d, C):
     for y in range(n):
         for i in range(width):
             weight = P[y * width + i]
-            if weight != zero:  # a NaN is not zero, and reads
+            if weight != zero or numbers.one / weight < zero:  # a NaN is not zero, and reads
                 for x in range(0, d, lanes):
                     old = load(C, y * d + x)
                     store(C, y * d + x, fma(splat(weight), load(rows, i * d + x), old))

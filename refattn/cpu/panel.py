@@ -15,6 +15,7 @@ from refattn.cpu.elementary import ones, smallest
 from refattn.cpu.host import VECTORS
 from refattn.cpu.products import ROW_STEP, up
 from refattn.cpu.simd import (
+    add,
     advance,
     convert,
     div,
@@ -22,7 +23,9 @@ from refattn.cpu.simd import (
     load,
     mul,
     pointer,
+    splat,
     store,
+    where_equal,
     where_less,
 )
 
@@ -40,6 +43,8 @@ class Panel(NamedTuple):
     """Row sums, (w,)."""
     alpha: Any
     """What the last tile scales the sums before it by, (w,)."""
+    read: Any
+    """0, or NaN where a forbidden cell that is read spoils the row, (w,)."""
     S: Any
     """Logits, then weights, of one tile, (keys, w); all panels share it."""
     added: Any
@@ -56,8 +61,8 @@ def panel_at(zero, plan, panels, p, size, S, added, rows):
     Q = advance(panels, p * size)
     O = advance(Q, plan.d_k * width)
     m = advance(O, up(plan.d_v, ROW_STEP) * width)
-    l, alpha = advance(m, width), advance(m, 2 * width)
-    return Panel(Q, O, m, l, alpha, S, added, (rows + lanes - 1) // lanes)
+    l, alpha, read = advance(m, width), advance(m, 2 * width), advance(m, 3 * width)
+    return Panel(Q, O, m, l, alpha, read, S, added, (rows + lanes - 1) // lanes)
 
 
 @njit(error_model="numpy")
@@ -79,6 +84,7 @@ def begin_panel(zero, plan, numbers, b, h, i, rows, sink, panel, buffer):
     sunk = plan.sinks != 0 and sink > -numbers.infinity
     fill(sink * numbers.log2_e if sunk else -numbers.infinity, panel.m, width, 1, width)
     fill(convert(1, zero) if sunk else zero, panel.l, width, 1, width)
+    fill(zero, panel.read, width, 1, width)
 
 
 @njit(error_model="numpy")
@@ -92,6 +98,9 @@ def end_panel(zero, plan, b, h, i, rows, panel):
     width = vectors * lanes
     for v in range(vectors):
         total = load(l, v * lanes)
+        if plan.reads:  # but for an empty row, which reads nothing
+            total = where_equal(total, splat(zero), total, add(total, load(panel.read, v * lanes)))
+            store(l, v * lanes, total)
         divisor = where_less(total, smallest(total), ones(total), total)
         share = div(ones(total), divisor)  # one slow division a vector, not one a feature
         for x in range(plan.d_v):

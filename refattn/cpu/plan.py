@@ -81,15 +81,20 @@ class Plan(NamedTuple):
     negative: int
     """1 if the scale is negative: the queries change sign, and the kernels scale by its size."""
     terms: int
-    """1 if the logits are more than the scaled product, or a mask is given."""
+    """1 if the logits are more than the scaled product, or all of them are read."""
     key_tile: int
     """Keys a tile."""
     panels: int
     """Panels of queries that share each tile in the forward kernel."""
+    keep: Tensor
+    """Dropout's mask; address 0 where every weight is kept."""
+    reads: int
+    """1 if a forbidden cell is read, and -∞ added to its logit."""
 
 
-ADDRESSES = (0, 5, 10, 15, 20, 25, 30)
-"""Places in a flat plan: the addresses of query, key, value, mask, bias, output and logsumexp."""
+ADDRESSES = (0, 5, 10, 15, 20, 49, 25, 30)
+"""Places in a flat plan: the addresses of query, key, value, mask, bias, keep, output and
+logsumexp."""
 
 
 class Numbers(NamedTuple):
@@ -104,6 +109,8 @@ class Numbers(NamedTuple):
     ln_2: Any
     infinity: Any
     one: Any
+    kept: Any
+    """1 / keep probability: what a weight that is not dropped is multiplied by."""
 
 
 class Rules(NamedTuple):
@@ -138,6 +145,12 @@ def whole_elements(array: NDArray) -> NDArray:
     return array.astype(array.dtype.newbyteorder("="), order="C") if is_odd(array) else array
 
 
+def four_axes(array: NDArray) -> NDArray:
+    """Return an array of four axes, the leading ones of size 1; copied only if it is odd."""
+    array = whole_elements(array)
+    return array.reshape((1,) * (4 - array.ndim) + array.shape)
+
+
 def is_odd(array: NDArray) -> bool:
     """Tell whether an array's elements lie at no multiple of their size, or in another order."""
     odd = any(s % array.itemsize for s in array.strides) or not array.flags.aligned
@@ -163,11 +176,12 @@ def strided(array: NDArray | None) -> Tensor:
     return Tensor(1, *strides)
 
 
-def numbers(dtype: Any, scale: float, softcap: float | None) -> Numbers:
+def numbers(dtype: Any, scale: float, softcap: float | None, keep_probability: float) -> Numbers:
     """Return the real numbers of an attention, each rounded once."""
     size, ln_2 = abs(scale), math.log(2.0)
     log2_e = 1.0 / ln_2
-    values = (size, softcap or 1.0, log2_e, size * log2_e, ln_2, math.inf, 1.0)
+    kept = 1.0 / keep_probability
+    values = (size, softcap or 1.0, log2_e, size * log2_e, ln_2, math.inf, 1.0, kept)
     return Numbers(*map(np.dtype(dtype).type, values))
 
 
@@ -194,16 +208,25 @@ def read_plan(i):
         tensor_at(i, 0), tensor_at(i, 5), tensor_at(i, 10), tensor_at(i, 15), tensor_at(i, 20),
         tensor_at(i, 25), i[30], i[31], i[32], i[33], i[34], i[35], i[36], i[37], i[38], i[39],
         i[40], i[41], i[42], i[43], i[44], i[45], i[46], i[47], i[48],
+        tensor_at(i, 49), i[54],
     )  # fmt: skip
 
 
 @njit(error_model="numpy")
 def read_numbers(x):
     """Return the numbers of an array of them."""
-    return Numbers(x[0], x[1], x[2], x[3], x[4], x[5], x[6])
+    return Numbers(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7])
 
 
 @njit(error_model="numpy")
 def entry(job, place, like):
     """Return what a job's table has at a place, by pointer to numbers of the type of `like`."""
     return pointer(pointer(job, types.int64(0))[TABLE + place], like)
+
+
+@njit(error_model="numpy")
+def query_head(plan, g, member):
+    """Return the query head that is one of those which read a key-value head."""
+    if plan.tiled_heads:
+        return member * plan.key_heads + g
+    return g * (plan.heads // plan.key_heads) + member

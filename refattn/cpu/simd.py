@@ -253,6 +253,16 @@ def where_less(typing: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
 
 
 @intrinsic
+def where_equal(typing: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
+    """Return `yes` in the lanes where a = b, else `no`."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered("==", args[0], args[1]), args[2], args[3])
+
+    return a(a, a, a, a), emit
+
+
+@intrinsic
 def power_of_two(typing: Any, shifted: Any) -> Any:
     """Return 2ⁿ, where the lowest bits of each number hold n plus the exponent's bias."""
 
@@ -301,7 +311,7 @@ def transpose(typing: Any, source: Any, source_row: Any, target: Any, target_row
         rows = [load_from(builder, args[0], index(r, args[1]), vector) for r in range(n)]
         step = n // 2
         while step:
-            low, high = (ir.Constant(ir.VectorType(I32, n), s) for s in _exchange(n, step))
+            low, high = (ir.Constant(ir.VectorType(I32, n), s) for s in exchange(n, step))
             for r in range(n):
                 if not r & step:
                     upper, lower = rows[r], rows[r | step]
@@ -315,7 +325,7 @@ def transpose(typing: Any, source: Any, source_row: Any, target: Any, target_row
     return types.void(source, types.intp, target, types.intp), emit
 
 
-def _exchange(n: int, step: int) -> tuple[list[int], list[int]]:
+def exchange(n: int, step: int) -> tuple[list[int], list[int]]:
     """Return the two shuffles of a pair of rows that exchange blocks of `step` lanes."""
     low = [n + (c ^ step) if c & step else c for c in range(n)]
     high = [n + c if c & step else c ^ step for c in range(n)]
@@ -361,10 +371,13 @@ zip_high = _shuffled(
 
 @intrinsic
 def claim(typing: Any, counter: Any) -> Any:
-    """Return the number behind a pointer and leave it one larger, in one step for all threads."""
+    """Return the number behind a pointer and leave it one larger, in one step for all threads.
+
+    What a thread wrote before its step is seen by whoever takes a later one.
+    """
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         one = ir.Constant(args[0].type.pointee, 1)
-        return builder.atomic_rmw("add", args[0], one, "monotonic")
+        return builder.atomic_rmw("add", args[0], one, "acq_rel")
 
     return counter.dtype(counter), emit
