@@ -13,10 +13,14 @@ from refattn.attention import (
 )
 from refattn.attention_backward import AttentionGradients, attention_backward
 from refattn.cache import Cache, cached_attention
+from refattn.causal_module import causal_self_attention
+from refattn.causal_module_backward import causal_self_attention_backward
 from refattn.dropout import keep_mask
 from refattn.errors import RefattnError
 from refattn.flash import block_sizes, flash_attention, flash_attention_forward, tile_states
 from refattn.flash_backward import flash_attention_backward
+from refattn.gated import GatedParameters, gated_cross_attention
+from refattn.gated_backward import gated_cross_attention_backward
 from refattn.heads import head_importance
 from refattn.masks import causal_mask
 from refattn.merge import merge, merge_states
@@ -38,6 +42,7 @@ __all__ = [
     "AttentionOptions",
     "AttentionResult",
     "Cache",
+    "GatedParameters",
     "RefattnError",
     "alibi_bias",
     "alibi_bias_backward",
@@ -48,9 +53,13 @@ __all__ = [
     "block_sizes",
     "cached_attention",
     "causal_mask",
+    "causal_self_attention",
+    "causal_self_attention_backward",
     "flash_attention",
     "flash_attention_backward",
     "flash_attention_forward",
+    "gated_cross_attention",
+    "gated_cross_attention_backward",
     "hbm_traffic",
     "head_importance",
     "keep_mask",

@@ -35,6 +35,8 @@ GPU = {"numba-cuda": "refattn_gpu.numba_cuda.backend", "cupy": "refattn_gpu.cupy
 OPS = (
     "attention",
     "multihead",
+    "causal_module",
+    "gated_cross_attention",
     "head_importance",
     "rope",
     "alibi",
@@ -223,6 +225,28 @@ def _multihead(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str,
     return outputs
 
 
+def _causal_module(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    cotangent, forward = _split(inputs, "d_output")
+    outputs = {"output": _call("causal_module.causal_self_attention", **forward, **options)[""]}
+    if cotangent:
+        backward = "causal_module_backward.causal_self_attention_backward"
+        outputs |= _call(backward, **cotangent, **forward, **options)
+    return outputs
+
+
+def _gated_cross_attention(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    from refattn.gated import GatedParameters
+
+    cotangent, forward = _split(inputs, "d_output")
+    weights, arrays = _split(forward, *GatedParameters._fields)
+    arguments = {**arrays, "parameters": GatedParameters(**weights), **options}
+    outputs = {"output": _call("gated.gated_cross_attention", **arguments)[""]}
+    if cotangent:
+        backward = "gated_backward.gated_cross_attention_backward"
+        outputs |= _call(backward, **cotangent, **arguments)
+    return outputs
+
+
 def _head_importance(inputs: Arrays, options: dict[str, Any], dtype: str) -> dict[str, Any]:
     return _call("heads.head_importance", **inputs, **options)
 
@@ -341,6 +365,8 @@ _OPS: dict[str, dict[str, Op]] = {
     "numpy": {
         "attention": _attention,
         "multihead": _multihead,
+        "causal_module": _causal_module,
+        "gated_cross_attention": _gated_cross_attention,
         "head_importance": _head_importance,
         "rope": rope_of("rope"),
         "alibi": alibi_of("alibi"),

@@ -24,10 +24,13 @@ LARGEST_EXPONENT = 1.0
 LARGEST_GROWTH = 40.0
 """Cap on the exponent of the second-order factor: a bound is finite, if empty, beyond it."""
 
+LARGEST_RELATIVE = 0.5
+"""Relative error of a variance beyond which nothing is claimed of what it divides."""
+
 LARGEST = {"float16": 65504.0, "float32": 3.4028234663852886e38, "float64": 1.7976931348623157e308}
 """Largest number of a computing format: sums beyond it are not asked of an implementation."""
 
-CROSSED = ("multihead", "score")
+CROSSED = ("multihead", "causal_module", "gated_cross_attention", "score")
 """Operations in whose outputs, as in gradients, errors meet errors."""
 
 SECOND_ORDER = 2.0**-13
@@ -108,7 +111,8 @@ def coefficients(
 
     Returns:
         One triple an output, absolute, the unit roundoffs included, always finite; none at all
-        where a sum of magnitudes leaves the range of the arithmetic.
+        where a sum of magnitudes leaves the range of the arithmetic, or a variance that is divided
+        by could vanish in errors.
 
     Raises:
         OptionError: no such profile, or a magnitude is not finite.
@@ -120,6 +124,8 @@ def coefficients(
     p = PROFILES[profile]
     if magnitudes.get("peak", 0.0) > LARGEST[p.computing]:
         return {}
+    if _error(p, magnitudes, "relative") > LARGEST_RELATIVE:
+        return {}
     names = [key.removesuffix(".floor") for key in magnitudes if key.endswith(".floor")]
     return {
         name: _coefficients(p, name, magnitudes, op in CROSSED or name.startswith("d_"))
@@ -127,13 +133,24 @@ def coefficients(
     }
 
 
+def _effective(p: Profile, magnitudes: Mapping[str, float]) -> tuple[float, float]:
+    """Return a₀ and b₀."""
+    product = p.product if "shortest" in magnitudes else 0.0
+    b = p.accumulated + 2 * product / (magnitudes.get("shortest", 0.0) + EXTRA)
+    return p.operand + 2 * product, b
+
+
+def _error(p: Profile, magnitudes: Mapping[str, float], of: str) -> float:
+    """Return the largest error of what `of` counts: b₀ · of + a₀ · of_operand."""
+    a, b = _effective(p, magnitudes)
+    return b * magnitudes.get(of, 0.0) + a * magnitudes.get(f"{of}_operand", 0.0)
+
+
 def _coefficients(
     p: Profile, name: str, magnitudes: Mapping[str, float], crossed: bool
 ) -> tuple[float, float, float]:
-    product = p.product if "shortest" in magnitudes else 0.0
-    a = p.operand + 2 * product
-    b = p.accumulated + 2 * product / (magnitudes.get("shortest", 0.0) + EXTRA)
-    error = b * magnitudes.get("exponent", 0.0) + a * magnitudes.get("exponent_operand", 0.0)
+    a, b = _effective(p, magnitudes)
+    error = _error(p, magnitudes, "exponent")
     longest = max(magnitudes.get(n, 0.0) for n in ("terms", "rows", "longest", f"{name}.terms"))
     growth = INFLATION * math.exp(min(2 * (error + longest * p.accumulated), LARGEST_GROWTH))
     if crossed:  # errors meet errors

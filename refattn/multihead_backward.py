@@ -90,30 +90,30 @@ def multihead_attention_backward(
     dC = split_heads(dO @ pack_output(W_O).T, w_query.shape[0])
     dQ, dK, dV, *_ = attention_backward(xi * dC, *heads, **options)
     gradients = MultiheadGradients(
-        d_query_input=_from_heads(dQ, W_Q),
-        d_source_input=_from_heads(dK, W_K) + _from_heads(dV, W_V),
-        d_w_query=_to_weight(X, dQ),
-        d_w_key=_to_weight(Y, dK),
-        d_w_value=_to_weight(Y, dV),
-        d_w_output=_to_output_weight(xi * head, dO),
+        d_query_input=from_heads(dQ, W_Q),
+        d_source_input=from_heads(dK, W_K) + from_heads(dV, W_V),
+        d_w_query=to_weight(X, dQ),
+        d_w_key=to_weight(Y, dK),
+        d_w_value=to_weight(Y, dV),
+        d_w_output=to_output_weight(xi * head, dO),
         d_head_gates=None if head_gates is None else xp.sum(dC * head, axis=(0, 2, 3)),
     )
     return MultiheadGradients(*(None if g is None else narrow(g, query_input) for g in gradients))
 
 
-def _from_heads(d_projected: Array, weight: Array) -> Array:
+def from_heads(d_projected: Array, weight: Array) -> Array:
     """Return Σ_h dZ_h W_hᵀ (b, n, e) from dZ (b, h, n, d) and W (h, e, d)."""
     xp = array_namespace(d_projected)
     return xp.sum(d_projected @ xp.matrix_transpose(weight), axis=1)
 
 
-def _to_weight(x: Array, d_projected: Array) -> Array:
+def to_weight(x: Array, d_projected: Array) -> Array:
     """Return Σ_b Xᵀ dZ_h (h, e, d) from X (b, n, e) and dZ (b, h, n, d)."""
     xp = array_namespace(x)
     return xp.sum(xp.matrix_transpose(x)[:, None, :, :] @ d_projected, axis=0)
 
 
-def _to_output_weight(head: Array, d_output: Array) -> Array:
+def to_output_weight(head: Array, d_output: Array) -> Array:
     """Return Σ_b head_hᵀ dO (h, d_v, e) from head (b, h, n, d_v) and dO (b, n, e)."""
     xp = array_namespace(head)
     return xp.sum(xp.matrix_transpose(head) @ d_output[:, None, :, :], axis=0)

@@ -137,6 +137,28 @@ def unpack_output(weight: Array, heads: int) -> Array:
     return array_namespace(weight).reshape(weight, (heads, d_v, sizes["e"]))
 
 
+def sum_outer(x: Array, d_y: Array) -> Array:
+    """Return the gradient of the weight of a projection y = x W, summed over the batch.
+
+    Spec: VAS-S322a, OWN-BACKWARD1.
+
+        dW = Σ_b xᵀ dy
+
+    Args:
+        x: (b, n, e).
+        d_y: (b, n, f).
+
+    Returns:
+        (e, f).
+
+    Raises:
+        ShapeError: the rows do not fit, or there are not three axes.
+    """
+    check_shapes("sum_outer", x=(x, "b n e"), d_y=(d_y, "b n f"))
+    xp = array_namespace(x)
+    return xp.sum(xp.matrix_transpose(x) @ d_y, axis=0)
+
+
 def _features_of_a_head(function: str, name: str, x: Array, heads: int, *, axis: int) -> int:
     """Return the number of features of a head, or refuse a number that does not divide."""
     (heads,) = check_counts(function, heads=heads)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from refattn.errors import RefattnError
 
-ID = re.compile(r"\b(?:VAS|ROPE|ALIBI|FA1|HEADS|SCORES|OWN|NUM)-[A-Z]+[0-9]+[a-z]?\b")
+ID = re.compile(r"\b(?:VAS|ROPE|ALIBI|FA1|HEADS|SCORES|GPT|FLA|OWN|NUM)-[A-Z]+[0-9]+[a-z]?\b")
 """Form of a clause id: the paper's key, then the kind and number of the place."""
 
 REQUIRED = ("paper", "where", "title", "chapter")

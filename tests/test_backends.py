@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import module_cases
 from refattn import backends
 from refattn.arrays import FLOATS, numpy_dtype
 from refattn.backends import BACKENDS, CLAIMS, OPS, BackendAbsent, Unsupported, claiming, load
@@ -43,6 +44,13 @@ def _multihead() -> dict[str, Any]:
     }
 
 
+def _shapes(case: str) -> dict[str, tuple]:
+    """Return the shapes of a module's output and of the gradients of all float inputs."""
+    inputs = module_cases.CASES[case][1]
+    floats = {n: a.shape for n, a in inputs.items() if a.dtype.kind == "f" and n != "d_output"}
+    return {"output": inputs["d_output"].shape} | {f"d_{n}": shape for n, shape in floats.items()}
+
+
 CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, tuple]]] = {
     "attention": (
         _attention(),
@@ -66,6 +74,8 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str,
         {"output": (2, 3, 13)}
         | {f"d_{n}": a.shape for n, a in _multihead().items() if n[0] != "d"},
     ),
+    "causal_module": (*module_cases.CASES["causal module"][1:], _shapes("causal module")),
+    "gated_cross_attention": (*module_cases.CASES["gated"][1:], _shapes("gated")),
     "head_importance": (
         {"head_outputs": _drawn(2, 3, 5, 7, 4), "d_head_outputs": _drawn(2, 3, 5, 7, 4)},
         {},

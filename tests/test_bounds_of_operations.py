@@ -9,6 +9,7 @@ import mpmath
 import numpy as np
 import pytest
 
+import module_cases
 import rounded
 from refattn.backends import load
 from refattn.bounds import coefficients, profile_of
@@ -69,6 +70,7 @@ PARTS[2, 3] = PARTS[:, 4] = -np.inf
 QUERY, KEY = normal(5, 8), normal(7, 8)
 
 CASES: dict[str, tuple[Any, ...]] = {
+    **module_cases.CASES,
     "multihead": ("multihead", multihead(0.5), {}, {}),
     "multihead causal": (
         "multihead",

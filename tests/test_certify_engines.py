@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import module_cases
 import refattn.certify
 from refattn.certify import CertifyError, Disagreement, certify, recertify
 
@@ -181,6 +182,7 @@ VARIANTS = {
 }
 
 CASES = {
+    **module_cases.CASES,
     "multihead": ("multihead", multihead_inputs(), {}, {}),
     "multihead_causal": (
         "multihead",

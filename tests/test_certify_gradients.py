@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import module_cases
 from refattn.certify import ENCLOSED
 from refattn.certify.engine import solve
 
@@ -87,6 +88,24 @@ def test_certified_gradients_of_the_projections_are_slopes():
     }
     upstream = {"output": draw(8, 2, 3, 4)}
     check("multihead", inputs, {"causal": True}, {}, upstream, {"d_output": upstream["output"]})
+
+
+@pytest.mark.clause("GPT-MODULE1", "FLA-S22", "OWN-NORM1", "OWN-ACTIVATION1", "OWN-BACKWARD1")
+@pytest.mark.parametrize("case", module_cases.CASES)
+def test_certified_gradients_of_the_modules_are_slopes(case):
+    op, inputs, parameters, conventions = module_cases.CASES[case]
+    d_output = inputs["d_output"].astype(np.float64)
+    forward = {name: x for name, x in inputs.items() if name != "d_output"}
+    upstream = {"output": d_output}
+    check(op, forward, parameters, conventions, upstream, {"d_output": d_output})
+
+
+@pytest.mark.clause("GPT-MODULE1", "OWN-EXACT1")
+def test_a_bias_of_keys_has_a_gradient_of_exactly_zero():
+    op, inputs, parameters, _ = module_cases.CASES["causal module, dropout"]
+    out, _ = solve(ENCLOSED[op](inputs, parameters, {}), "record")
+    queries, keys, values = np.split(out["d_b_qkv"], 3)
+    assert (keys == 0).all() and (queries != 0).all() and (values != 0).all()
 
 
 @pytest.mark.clause("ROPE-EQ34", "OWN-BACKWARD1")

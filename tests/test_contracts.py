@@ -56,6 +56,10 @@ def calls():
     projections = {"w_query": w, "w_key": w, "w_value": w, "w_output": np.ones((2, 3, 4))}
     sequence = np.ones((1, 5, 4))
     tiled = {"query": q, "key": k, "value": v}
+    row, square = np.ones(4), np.ones((4, 4))
+    gated = refattn.GatedParameters(
+        row, row, w, w, w, np.ones((2, 3, 4)), np.ones(1), row, row, square, square, np.ones(1)
+    )
     return {
         "attention": (tiled, {}),
         "attention_weights": (tiled, {}),
@@ -84,6 +88,22 @@ def calls():
                 **projections,
             },
             {},
+        ),
+        "causal_self_attention": (
+            {"x": sequence, "w_qkv": np.ones((4, 12))},
+            {"heads": 2, "block_size": 8},
+        ),
+        "causal_self_attention_backward": (
+            {"d_output": sequence, "x": sequence, "w_qkv": np.ones((4, 12))},
+            {"heads": 2, "block_size": 8},
+        ),
+        "gated_cross_attention": (
+            {"query_input": sequence, "media": np.ones((1, 2, 3, 4))},
+            {"parameters": gated},
+        ),
+        "gated_cross_attention_backward": (
+            {"d_output": sequence, "query_input": sequence, "media": np.ones((1, 2, 3, 4))},
+            {"parameters": gated},
         ),
         "head_importance": (
             {"head_outputs": np.ones((2, 1, 3, 5, 4)), "d_head_outputs": np.ones((2, 1, 3, 5, 4))},

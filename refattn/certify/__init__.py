@@ -14,6 +14,8 @@ from refattn.certify.engine import Certificate, solve
 from refattn.certify.errors import Ambiguous, CertifyError, Disagreement, Midpoint
 from refattn.certify.exact import Array, widened
 from refattn.certify.flint_attention import prepare as prepare_attention
+from refattn.certify.flint_causal import prepare as prepare_causal
+from refattn.certify.flint_gated import prepare as prepare_gated
 from refattn.certify.flint_multihead import prepare as prepare_multihead
 from refattn.certify.flint_other import prepare_alibi, prepare_importance, prepare_score
 from refattn.certify.flint_rope import prepare as prepare_rope
@@ -31,6 +33,8 @@ Prepare = Callable[
 ENCLOSED: dict[str, Prepare] = {
     "attention": prepare_attention,
     "multihead": prepare_multihead,
+    "causal_module": prepare_causal,
+    "gated_cross_attention": prepare_gated,
     "head_importance": prepare_importance,
     "rope": prepare_rope,
     "rope_decay": prepare_decay,

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refattn.certify.attention_units import backward, exact_finite, forward
+from refattn.certify.attention_units import exact_finite
 from refattn.certify.cells import Tensors, allowed_cells
-from refattn.certify.floor_units import new_track, observe
-from refattn.certify.head_units import Forward, Head
+from refattn.certify.floor_units import new_track
+from refattn.certify.heads_units import Heads, heads_units
 from refattn.certify.majorant import Known, contract, exact, stored, times
 from refattn.certify.multihead_floors import Sizes, multihead_floors
 
@@ -41,8 +41,22 @@ def multihead_units(
     dZ = exact_finite(inputs["d_output"]) if "d_output" in inputs else None
     dO = None if dZ is None else contract("bno,hdo->bhnd", dZ, x.W_o, x.W_o.value.shape[2])
     track = new_track()
-    outputs, gradients = _heads(x, (Q, K, V), dO, track, parameters, conventions)
-    gated = times(outputs, exact(x.gates.value[:, None, None]))
+    n_q, n_k = Q.value.shape[2], K.value.shape[2]
+    scale = parameters.get("scale")
+    heads = Heads(
+        Q,
+        K,
+        V,
+        lambda b: allowed_cells(b, 0, n_q, n_k, {}, parameters, conventions),
+        None,
+        1.0 / np.sqrt(Q.value.shape[3]) if scale is None else float(scale),
+        conventions.get("empty_row", "zero") == "uniform",
+    )
+    by_head = exact(x.gates.value[:, None, None])
+    outputs, gradients = heads_units(
+        heads, None if dO is None else stored(times(dO, by_head)), track
+    )
+    gated = times(outputs, by_head)
     length = h * x.W_o.value.shape[1]
     found = {"output": contract("bhnd,hdo->bno", stored(gated), x.W_o, length)}
     if dZ is not None and dO is not None:
@@ -62,44 +76,6 @@ def multihead_units(
         **track,
         **multihead_floors(sizes, track, list(found)),
     }
-
-
-def _heads(
-    x: Problem,
-    QKV: tuple[Known, Known, Known],
-    dO: Known | None,
-    track: dict[str, float],
-    parameters: Mapping[str, Any],
-    conventions: Mapping[str, Any],
-) -> tuple[Known, list[Known]]:
-    """Run every head forward, and backward where dO is given; stack what they return."""
-    batch, heads, n_q, d_k = QKV[0].value.shape
-    n_k, scale = QKV[1].value.shape[2], parameters.get("scale")
-    outputs, gradients = [], []
-    for b in range(batch):
-        A = allowed_cells(b, 0, n_q, n_k, {}, parameters, conventions)
-        for h in range(heads):
-            Q, K, V = (Known(*(part[b, h] for part in t)) for t in QKV)
-            s = 1.0 / np.sqrt(d_k) if scale is None else float(scale)
-            fill = conventions.get("empty_row", "zero") == "uniform"
-            head = Head(Q, K, V, A, None, np.ones((n_q, n_k)), s, None, False, None, fill)
-            f: Forward = forward(head)
-            outputs.append(f.output)
-            cotangent = exact(np.zeros_like(f.output.value))
-            if dO is not None:
-                gate = exact(x.gates.value[h : h + 1, None])
-                cotangent = stored(times(Known(*(p[b, h] for p in dO)), gate))
-                gradients.append(backward(head, f, cotangent, np.zeros(n_q)))
-            observe(track, f, head, cotangent, np.zeros(1))
-    stack = [_stack([getattr(g, n) for g in gradients], batch) for n in ("query", "key", "value")]
-    return _stack(outputs, batch), stack if gradients else []
-
-
-def _stack(parts: list[Known], batch: int) -> Known:
-    if not parts:
-        return exact(np.zeros(0))
-    stacked = (np.stack(part) for part in zip(*parts, strict=True))
-    return Known(*(s.reshape(batch, -1, *s.shape[1:]) for s in stacked))
 
 
 def _input_gradients(x: Problem, gradients: list[Known]) -> dict[str, Known]:

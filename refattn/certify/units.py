@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn.certify.attention_units import attention_units
+from refattn.certify.causal_units import causal_units
 from refattn.certify.cells import Tensors
 from refattn.certify.errors import CertifyError
+from refattn.certify.gated_units import gated_units
 from refattn.certify.majorant import Known
 from refattn.certify.multihead_units import multihead_units
 from refattn.certify.other_units import (
@@ -42,6 +44,8 @@ def _none(
 RULES: dict[str, Rule] = {
     "attention": attention_units,
     "multihead": multihead_units,
+    "causal_module": causal_units,
+    "gated_cross_attention": gated_units,
     "head_importance": head_importance_units,
     "rope": rope_units,
     "alibi": alibi_units,

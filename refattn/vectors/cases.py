@@ -8,6 +8,7 @@ from refattn.errors import RefattnError
 from refattn.vectors import (
     cases_features,
     cases_masks,
+    cases_modules,
     cases_other,
     cases_plain,
     cases_poison,
@@ -77,7 +78,15 @@ def recipes(size: str) -> list[CaseRecipe]:
     """
     if size not in SIZES:
         raise RecipeError(f"size is {size!r}, but it must be one of {', '.join(SIZES)}")
-    rooms = (cases_plain, cases_masks, cases_poison, cases_features, cases_rope, cases_other)
+    rooms = (
+        cases_plain,
+        cases_masks,
+        cases_poison,
+        cases_features,
+        cases_rope,
+        cases_other,
+        cases_modules,
+    )
     found = [recipe for room in rooms for recipe in room.core()]
     if size == "full":
         found += grid()

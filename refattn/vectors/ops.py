@@ -50,6 +50,28 @@ _WEIGHTS = {
     "w_value": "h e_s d_v",
     "w_output": "h d_v e_o",
 }
+_FUSED = {"x": "b n e", "w_qkv": "e e_qkv", "b_qkv": "e_qkv", "w_output": "e e", "b_output": "e"}
+_BLOCK = {
+    "query_input": "b n e",
+    "media": "b m n_m e_m",
+    "norm_weight": "e",
+    "norm_bias": "e",
+    "w_query": "h e d_k",
+    "w_key": "h e_m d_k",
+    "w_value": "h e_m d_v",
+    "w_output": "h d_v e",
+    "attention_gate": "g",
+    "feed_forward_norm_weight": "e",
+    "feed_forward_norm_bias": "e",
+    "w_up": "e f",
+    "w_down": "f e",
+    "feed_forward_gate": "g_f",
+}
+_MEDIA_NORM = {"media_norm_weight": "e_m", "media_norm_bias": "e_m"}
+
+
+def _only(forms: Mapping[str, str], *names: str) -> dict[str, str]:
+    return {name: form for name, form in forms.items() if name in names}
 
 
 def _score(**weights: str) -> Op:
@@ -75,6 +97,23 @@ OPS: Mapping[str, Op] = {
         _forms(**_WEIGHTS),
         _forms(head_gates="h", d_output="b n_q e_o"),
         _forms(output="b n_q e_o") | _gradients(**_WEIGHTS, head_gates="h"),
+    ),
+    "causal_module": Op(
+        _forms(**_only(_FUSED, "x", "w_qkv")),
+        {
+            **_forms(**_only(_FUSED, "b_qkv", "w_output", "b_output"), d_output="b n e"),
+            "keep": Axes("b heads n n", BOOL),
+            "output_keep": Axes("b n e", BOOL),
+        },
+        _forms(output="b n e") | _gradients(**_FUSED),
+    ),
+    "gated_cross_attention": Op(
+        _forms(**_BLOCK),
+        {
+            **_forms(**_MEDIA_NORM, d_output="b n e"),
+            "media_locations": Axes("b n_marks", BOOL),
+        },
+        _forms(output="b n e") | _gradients(**_BLOCK, **_MEDIA_NORM),
     ),
     "head_importance": Op(
         _forms(head_outputs="layers x h n d", d_head_outputs="layers x h n d"),

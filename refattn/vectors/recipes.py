@@ -18,6 +18,12 @@ CONVENTIONS: Mapping[str, Mapping[str, Any]] = {
         "round_weights": False,
     },
     "multihead": {"alignment": "top_left", "empty_row": "zero"},
+    "gated_cross_attention": {
+        "attend": "immediate",
+        "before_media": "zero",
+        "cached_media": False,
+        "activation": "squared_relu",
+    },
     "head_importance": {"granularity": "example"},
     "rope": {"pairing": "interleaved"},
     "alibi": {"alignment": "top_left", "distance": "absolute", "slope_rule": "authors"},

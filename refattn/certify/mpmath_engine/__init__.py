@@ -7,12 +7,14 @@ import numpy as np
 from mpmath import mp
 
 from refattn.certify.errors import CertifyError, Disagreement
-from refattn.certify.mpmath_engine import attention, multihead, other, rope
+from refattn.certify.mpmath_engine import attention, modules, multihead, other, rope
 from refattn.certify.mpmath_engine.compare import LEVELS, agrees
 
 EVALUATORS: dict[str, Callable[..., Any]] = {
     "attention": attention.evaluator,
     "multihead": multihead.evaluator,
+    "causal_module": modules.evaluator_of(modules.causal),
+    "gated_cross_attention": modules.evaluator_of(modules.gated),
     "head_importance": other.importance_evaluator,
     "rope": rope.evaluator,
     "rope_decay": rope.decay_evaluator,
