@@ -66,7 +66,7 @@ def softmax_tile(zero, numbers, S, n, panel, factor):
 def largest(S, at, n, row, lowest):
     """Return the maximum of n vectors that lie `row` elements apart, by four chains.
 
-    A maximum waits for the one before it. NaN is dropped: only `maximum`'s second argument keeps it.
+    A maximum waits for the one before it. NaN is dropped: `maximum` keeps its second argument's.
     """
     m_0 = m_1 = m_2 = m_3 = lowest
     y = 0
