@@ -1,0 +1,128 @@
+"""A dialect as the expected behaviour: what its text says of a case, in place of the default.
+
+Where the text agrees with a case's certified values, those are expected. Where it does not, some
+convention tells the two apart: the text's values are expected then, within the bounds that are
+derived under that convention. Nothing expected comes from the subject.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product
+from typing import Any, NamedTuple
+
+from refattn.audit.calls import call
+from refattn.audit.capabilities import CONVENTIONS, conventions, missing
+from refattn.audit.subject import Arrays, Subject
+from refattn.backends import load
+from refattn.bounds import coefficients
+from refattn.certify.units import units
+from refattn.dialects import find
+from refattn.errors import RefattnError
+from refattn.judge import judge
+from refattn.options import DEFAULTS
+from refattn.vectors.pack import Case
+
+ADAPTERS = {"torch_sdpa_2_13": "torch_sdpa", "torch_mha_2_13": "torch_mha"}
+"""Dialects that answer a case of attention, and the module whose `dialect` calls their text."""
+
+EXACT = "float64"
+"""The dtype in which a text is asked."""
+
+FINEST = "fp64"
+"""The profile by which a text agrees with a reference or does not."""
+
+
+class Expected(NamedTuple):
+    """What a dialect expects of a case; `case` is None where it says nothing of it."""
+
+    case: Case | None
+    departure: str
+    """How it departs from the case: `empty_row nan, not zero`; empty where it does not."""
+    reason: str = ""
+    """Why it says nothing."""
+
+
+def load_text(name: str) -> Subject:
+    """Return a dialect's text as something that answers cases.
+
+    Args:
+        name: a dialect by its name or alias.
+
+    Raises:
+        RefattnError: there is none, or it has no form for query, key and value alone.
+    """
+    dialect = find(name)
+    if dialect.name not in ADAPTERS:
+        raise RefattnError(
+            f"dialect is {dialect.name}, but an audit takes one that answers query, key and value "
+            f"alone: {', '.join(ADAPTERS)}"
+        )
+    module = importlib.import_module(f"refattn.audit.{ADAPTERS[dialect.name]}")
+    text: Subject = module.dialect(dialect)
+    return text
+
+
+def expect(case: Case, text: Subject) -> Expected:
+    """Return what a dialect expects of a case of attention.
+
+    Args:
+        case: a vector.
+        text: the dialect, from `load_text`.
+    """
+    if why := missing(case, EXACT, text.capabilities):
+        return Expected(None, "", f"dialect {text.name}: {why}")
+    try:
+        answer = call(text, case, EXACT)
+    except RefattnError as error:
+        return Expected(None, "", f"dialect {text.name}: {error}")
+    if FINEST not in case.bounds:
+        return Expected(None, "", f"the case has no bounds of profile {FINEST}")
+    if _agrees(case, answer):
+        return Expected(case, "")
+    wanted = conventions(case)
+    for axis, choice in wanted.items():
+        if choice != DEFAULTS[axis]:
+            return Expected(
+                None, "", f"the case asks for {axis} {choice}, but dialect {text.name} does not"
+            )
+    for chosen in _others(wanted):
+        other = _under(case, chosen)
+        if other is not None and _agrees(other, answer):
+            departure = ", ".join(
+                f"{axis} {chosen[axis]}, not {choice}"
+                for axis, choice in wanted.items()
+                if chosen[axis] != choice
+            )
+            said = {name: answer[name] for name in other.outputs if name in answer}
+            return Expected(replace(other, outputs=said), departure)
+    return Expected(None, "", f"no named convention says how dialect {text.name} departs here")
+
+
+def _agrees(case: Case, answer: Arrays) -> bool:
+    """Return whether a text's answer is that of a case, in what both have."""
+    shared = {name: array for name, array in case.outputs.items() if name in answer}
+    return judge(replace(case, outputs=shared), answer, FINEST).ok
+
+
+def _others(wanted: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield every other choice on the axes that decide a case."""
+    for made in product(*(CONVENTIONS[axis] for axis in wanted)):
+        chosen = dict(zip(wanted, made, strict=True))
+        if chosen != wanted:
+            yield chosen
+
+
+def _under(case: Case, chosen: Mapping[str, Any]) -> Case | None:
+    """Return a case under other conventions by the reference; None where there are no bounds."""
+    made = {**case.conventions, **chosen}
+    outputs = load("numpy").run(case.op, case.inputs, case.parameters, made, EXACT)
+    found, magnitudes = units(case.op, case.inputs, case.parameters, made)
+    bounds = {profile: coefficients(case.op, profile, magnitudes) for profile in case.bounds}
+    bounds = {profile: triples for profile, triples in bounds.items() if triples}
+    if FINEST not in bounds:
+        return None
+    kept = {name: outputs[name] for name in case.outputs if name in bounds[FINEST]}
+    return replace(case, conventions=made, outputs=kept, units=found, bounds=bounds)
