@@ -23,6 +23,11 @@ EMPTY = CASES["attention-empty-mask-zero"]
 DEPARTURES = {
     "torch_sdpa_2_13": {"masked add, not select"},
     "torch_mha_2_13": {"empty_row nan, not zero", "masked add, not select"},
+    "jax_dpa_0_10": {
+        "empty_row uniform, not zero",
+        "masked add, not select",
+        "logsumexp of an empty row",
+    },
 }
 """How each dialect departs from the core pack, one way at least once."""
 
@@ -101,10 +106,14 @@ def test_a_named_exception_of_the_dialect_is_not_run() -> None:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_every_vector_is_answered_by_the_default_or_by_a_named_convention(name: str) -> None:
     text = load_text(name)
-    told = [expect(case, text) for case in CASES.values() if case.op == "attention"]
+    cases = [case for case in CASES.values() if case.op == "attention"]
+    told = [expect(case, text) for case in cases]
     assert sum(t.case is not None and not t.departure for t in told) > 30
     assert {t.departure for t in told if t.departure} == DEPARTURES[name]
-    assert not [t.reason for t in told if "no named convention" in t.reason]
+    unnamed = {c.id for c, t in zip(cases, told, strict=True) if "no named" in t.reason}
+    # JAX gives zeros beyond a query length, and the mean of the values where no key is left
+    mixed = {"attention-lengths-both", "attention-lengths-both-backward"}
+    assert unnamed == (mixed if name == "jax_dpa_0_10" else set())
 
 
 def test_the_report_says_what_differs_and_whom_it_agrees_with() -> None:

@@ -25,8 +25,15 @@ from refattn.judge import judge
 from refattn.options import DEFAULTS
 from refattn.vectors.pack import Case
 
-ADAPTERS = {"torch_sdpa_2_13": "torch_sdpa", "torch_mha_2_13": "torch_mha"}
+ADAPTERS = {
+    "torch_sdpa_2_13": "torch_sdpa",
+    "torch_mha_2_13": "torch_mha",
+    "jax_dpa_0_10": "jax_attention",
+}
 """Dialects that answer a case of attention, and the module whose `dialect` calls their text."""
+
+STATISTIC = "logsumexp"
+"""What a text may define as it likes where its weights are agreed on."""
 
 EXACT = "float64"
 """The dtype in which a text is asked."""
@@ -81,7 +88,7 @@ def expect(case: Case, text: Subject) -> Expected:
     if FINEST not in case.bounds:
         return Expected(None, "", f"the case has no bounds of profile {FINEST}")
     if _agrees(case, answer):
-        return Expected(case, "")
+        return _with_statistic(case, answer, "")
     wanted = conventions(case)
     for axis, choice in wanted.items():
         if choice != DEFAULTS[axis]:
@@ -97,13 +104,27 @@ def expect(case: Case, text: Subject) -> Expected:
                 if chosen[axis] != choice
             )
             said = {name: answer[name] for name in other.outputs if name in answer}
-            return Expected(replace(other, outputs=said), departure)
+            return _with_statistic(replace(other, outputs=said), answer, departure)
     return Expected(None, "", f"no named convention says how dialect {text.name} departs here")
 
 
+def _with_statistic(case: Case, answer: Arrays, departure: str) -> Expected:
+    """Return what is expected, with the text's logsumexp where it is another than the case's."""
+    own = answer.get(STATISTIC)
+    if own is None or STATISTIC not in case.outputs:
+        return Expected(case, departure)
+    only = replace(case, outputs={STATISTIC: case.outputs[STATISTIC]})
+    if judge(only, answer, FINEST).ok:
+        return Expected(case, departure)
+    said = f"{departure}, " if departure else ""
+    outputs = {**case.outputs, STATISTIC: own}
+    return Expected(replace(case, outputs=outputs), f"{said}{STATISTIC} of an empty row")
+
+
 def _agrees(case: Case, answer: Arrays) -> bool:
-    """Return whether a text's answer is that of a case, in what both have."""
-    shared = {name: array for name, array in case.outputs.items() if name in answer}
+    """Return whether a text's answer is that of a case, in what both have but the statistic."""
+    said = set(answer) - {STATISTIC}
+    shared = {name: array for name, array in case.outputs.items() if name in said}
     return judge(replace(case, outputs=shared), answer, FINEST).ok
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from refattn.checks import OptionError, shown
-from refattn.dialects import torch_mha, torch_sdpa
+from refattn.dialects import jax_dpa, torch_mha, torch_sdpa
 from refattn.dialects.conventions import Dialect
 
 DIALECTS: dict[str, Dialect] = {
-    dialect.name: dialect for dialect in (torch_sdpa.DIALECT, torch_mha.DIALECT)
+    dialect.name: dialect for dialect in (torch_sdpa.DIALECT, torch_mha.DIALECT, jax_dpa.DIALECT)
 }
 """Every dialect by its full name; its alias names it, too."""
 
