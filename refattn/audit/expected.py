@@ -29,6 +29,9 @@ ADAPTERS = {
     "torch_sdpa_2_13": "torch_sdpa",
     "torch_mha_2_13": "torch_mha",
     "jax_dpa_0_10": "jax_attention",
+    "onnx_attention_23": "onnx_attention",
+    "onnx_attention_24": "onnx_attention",
+    "onnx_attention_25": "onnx_attention",
 }
 """Dialects that answer a case of attention, and the module whose `dialect` calls their text."""
 
@@ -80,7 +83,7 @@ def expect(case: Case, text: Subject) -> Expected:
         text: the dialect, from `load_text`.
     """
     if why := missing(case, EXACT, text.capabilities):
-        return Expected(None, "", f"dialect {text.name}: {why}")
+        return Expected(None, "", f"dialect {text.name}: {why.partition(':')[0]}")
     try:
         answer = call(text, case, EXACT)
     except RefattnError as error:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from refattn.checks import OptionError, shown
-from refattn.dialects import jax_dpa, torch_mha, torch_sdpa
+from refattn.dialects import jax_dpa, onnx_attention, torch_mha, torch_sdpa
 from refattn.dialects.conventions import Dialect
 
 DIALECTS: dict[str, Dialect] = {
-    dialect.name: dialect for dialect in (torch_sdpa.DIALECT, torch_mha.DIALECT, jax_dpa.DIALECT)
+    dialect.name: dialect
+    for dialect in (
+        torch_sdpa.DIALECT,
+        torch_mha.DIALECT,
+        jax_dpa.DIALECT,
+        *onnx_attention.DIALECTS,
+    )
 }
 """Every dialect by its full name; its alias names it, too."""
 

@@ -153,7 +153,7 @@ CONVENTIONS: dict[str, Convention] = {
         ),
         Convention(
             "softmax_dtype",
-            ("computing dtype", "float32", "query dtype"),
+            ("computing dtype", "float32", "query dtype", "as asked"),
             "The format in which logits become weights.",
             "OWN-ROUND1",
         ),

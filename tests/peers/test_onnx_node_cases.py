@@ -1,9 +1,8 @@
-"""Every Attention and RotaryEmbedding node case of ONNX, run on the reference.
+"""Every Attention node case of ONNX, run on the dialects, and every RotaryEmbedding case.
 
 Since onnx 1.23 the cases are built in memory, by its reference evaluator. All of them are run, in
-the dtype of the case, and none is an exception: what the attributes leave unsaid is named in
-`onnx_attention.CONVENTIONS`. Where the evaluator contradicts its own operator, no case looks:
-see test_onnx_evaluator.
+the dtype of the case and by the dialect of its operator set, and none is an exception. Where the
+evaluator contradicts its own operator, no case looks: see test_onnx_evaluator.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ class Case(NamedTuple):
 
     name: str
     op: str
+    opset: int
     attributes: dict[str, Any]
     inputs: dict[str, np.ndarray]
     expected: dict[str, np.ndarray]
@@ -57,6 +57,7 @@ def _case(collected: Any) -> Case:
     return Case(
         collected.name,
         node.op_type,
+        collected.model.opset_import[0].version,
         {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute},
         onnx_attention.node_inputs(node, values),
         dict(zip(present, expected, strict=True)),
@@ -70,7 +71,7 @@ CASES = _cases()
 
 def _run(case: Case, **conventions: str) -> dict[str, np.ndarray]:
     if case.op == "Attention":
-        return onnx_attention.run_attention(case.inputs, case.attributes, **conventions)
+        return onnx_attention.run_attention(case.inputs, case.attributes, case.opset, **conventions)
     return {"output": onnx_attention.run_rotary(case.inputs, case.attributes)}
 
 
