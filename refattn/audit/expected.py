@@ -53,6 +53,13 @@ class Expected(NamedTuple):
     """How it departs from the case: `empty_row nan, not zero`; empty where it does not."""
     reason: str = ""
     """Why it says nothing."""
+    statistic: str = ""
+    """How its logsumexp departs, for those who return one."""
+
+    def departures(self, judged: Case) -> str:
+        """Return how it departs from a case in what is judged of it."""
+        own = self.statistic if STATISTIC in judged.outputs else ""
+        return ", ".join(part for part in (self.departure, own) if part)
 
 
 def load_text(name: str) -> Subject:
@@ -119,9 +126,8 @@ def _with_statistic(case: Case, answer: Arrays, departure: str) -> Expected:
     only = replace(case, outputs={STATISTIC: case.outputs[STATISTIC]})
     if judge(only, answer, FINEST).ok:
         return Expected(case, departure)
-    said = f"{departure}, " if departure else ""
     outputs = {**case.outputs, STATISTIC: own}
-    return Expected(replace(case, outputs=outputs), f"{said}{STATISTIC} of an empty row")
+    return Expected(replace(case, outputs=outputs), departure, "", f"{STATISTIC} of an empty row")
 
 
 def _agrees(case: Case, answer: Arrays) -> bool:

@@ -159,7 +159,7 @@ def run_case(
     judged = _judged(subject, expected, outputs)
     met = frozenset(name for name in expected.bounds if judge(judged, outputs, name).ok)
     verdicts = judge(judged, outputs, profile).outputs + _wrong_dtypes(judged, outputs, dtype)
-    departure = told.departure if told else ""
+    departure = told.departures(judged) if told else ""
     if departure and _default_holds(subject, case, outputs, profile):
         verdicts = tuple(_told_apart(verdict, departure) for verdict in verdicts)
     first = next((v for v in verdicts if not v.ok), None)

@@ -85,10 +85,10 @@ def _print(data: dict[str, Any], json_file: str) -> None:
     print_table(HEAD, clause_rows(data))
     for finding in findings(data):
         print(f"finding: {finding}")
-    for departure in departures(data):
-        print(departure)
     for why, n in data["not_run_reasons"].items():
         print(f"not run: {n} runs: {why}")
+    for departure in departures(data):
+        print(departure)
     print(precision(data))
     print(headline(data))
 

@@ -55,8 +55,6 @@ EXCEPTIONS = (
     "refused here.",
     "softmax_precision narrower than the computing dtype, and 16-bit operands: ONNX rounds every "
     "stage to them; here all is computed in float32 or wider, and rounded once.",
-    "NaN in a value beside a row without a key: ONNX multiplies it by 0, which is NaN; here such a "
-    "row reads nothing.",
 )
 """What ONNX does and these functions do not, whatever the operator set."""
 

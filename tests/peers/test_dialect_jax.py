@@ -299,3 +299,18 @@ def test_one_key_beside_a_wider_bias_is_a_named_exception() -> None:
     assert np.asarray(FUNCTION(**call)).shape == (1, 1, 1, 2)
     assert isinstance(ours_or_error(lambda: dot_product_attention(**call)), Exception)
     assert any(exception.startswith("one key") for exception in DIALECT.exceptions)
+
+
+def test_what_is_not_finite_is_a_named_exception() -> None:
+    call = operands()
+    assert np.isnan(np.asarray(FUNCTION(**call, scale=np.inf))).any()
+    refused = ours_or_error(lambda: dot_product_attention(**call, scale=np.inf))
+    assert isinstance(refused, Exception)
+    call["value"][0, 3, 1, 2] = np.inf
+    causal = call | {"is_causal": True}
+    d_output = np.ones_like(call["query"])
+    theirs = run_jax(causal, d_output)["d_query"]
+    ours = dot_product_attention_backward(d_output, **causal).d_query
+    assert np.isnan(theirs[0, 0, 2]).any() and np.isfinite(ours[0, 0, 2]).all()
+    openings = ("scale not finite", "gradients where an operand")
+    assert all(any(e.startswith(o) for e in DIALECT.exceptions) for o in openings)

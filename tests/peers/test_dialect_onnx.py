@@ -166,6 +166,27 @@ def test_what_is_refused_although_the_evaluator_takes_it_is_named(opening: str) 
     assert any(text.startswith(opening) for text in find("onnx_23").exceptions)
 
 
+def test_a_short_mask_of_operator_set_23_is_a_named_exception() -> None:
+    inputs = operands() | {"attn_mask": np.ones((N_Q, N_K - 1), bool)}
+    evaluator, function = both(inputs, 23)
+    assert not isinstance(evaluator, Exception) and isinstance(function, Exception)
+    assert isinstance(ours_or_error(lambda: run_attention(inputs, {}, 23)), Exception)
+    assert any(text.startswith("evaluator, attn_mask of f") for text in find("onnx_23").exceptions)
+    assert not any(
+        text.startswith("evaluator, attn_mask of f") for text in find("onnx_24").exceptions
+    )
+
+
+@pytest.mark.clause("OWN-POISON1")
+def test_a_forbidden_value_is_read() -> None:
+    inputs = operands() | {"attn_mask": np.tri(N_Q, N_K, -1, dtype=bool)}
+    inputs["value"][0, 0, N_K - 1, 0] = np.nan
+    ours = run_attention(inputs, {"scale": 0.25}, 24)["Y"]
+    assert np.isnan(ours[0, 0, :, 0]).all() and np.isfinite(ours[..., 1:]).all()
+    for theirs in both(inputs, 24, scale=0.25):
+        np.testing.assert_allclose(ours, theirs["Y"], rtol=1e-12, atol=1e-12)
+
+
 def _runtime(inputs: dict[str, Any], opset: int, **attributes: Any) -> Any:
     """Return what ONNX Runtime's CPU provider says, or its error."""
     options = runtime.SessionOptions()
