@@ -28,8 +28,8 @@ from refattn.projections import merge_heads, split_heads
 FUNCTION = "Attention"
 """The name in error sentences."""
 
-MODES = (0, 1, 2, 3)
-"""What qk_matmul_output holds: logits, capped logits, their sum with the mask, weights."""
+STAGES = ("logits", "capped", "sum", "weights")
+"""What qk_matmul_output holds in modes 0 to 3."""
 
 PRECISIONS = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
 """Dtypes of softmax_precision by ONNX's numbers."""
@@ -92,20 +92,16 @@ def run(node: Node, opset: int, **conventions: Any) -> AttentionOutputs:
     Raises:
         ShapeError, DtypeError, OptionError: an argument is refused.
     """
-    _check_attributes(node)
-    Q, K, V = _operands(node)
-    K, V = (
-        new if past is None else np.concat([past, new], axis=-2)
-        for new, past in ((K, node.past_key), (V, node.past_value))
-    )
-    options = CONVENTIONS | _options(node, opset, (*Q.shape[:-1], K.shape[-2]))
-    options |= conventions  # type: ignore[typeddict-item]
-    output = attention(Q, K, V, **options).output
-    stage = _stage(node.qk_matmul_output_mode, Q, K, V, options)
-    return AttentionOutputs(merge_heads(output) if node.Q.ndim == 3 else output, K, V, stage)
+    check_attributes(node)
+    Q, K, V = operands(node)
+    chosen = CONVENTIONS | options(node, opset, (*Q.shape[:-1], K.shape[-2]))
+    chosen |= conventions  # type: ignore[typeddict-item]
+    output = attention(Q, K, V, **chosen).output
+    shown_stage = stage(STAGES[node.qk_matmul_output_mode], Q, K, V, chosen)
+    return AttentionOutputs(merge_heads(output) if node.Q.ndim == 3 else output, K, V, shown_stage)
 
 
-def _check_attributes(node: Node) -> None:
+def check_attributes(node: Node) -> None:
     """Check the numbers among the attributes.
 
     Raises:
@@ -119,7 +115,7 @@ def _check_attributes(node: Node) -> None:
         )
     for name, allowed in (
         ("is_causal", (0, 1)),
-        ("qk_matmul_output_mode", MODES),
+        ("qk_matmul_output_mode", range(len(STAGES))),
         ("softmax_precision", (None, *PRECISIONS)),
     ):
         if getattr(node, name) not in allowed:
@@ -133,8 +129,8 @@ def _check_attributes(node: Node) -> None:
             raise OptionError(f"{name} is {shown(size)}, but it must be -1 or a count [{FUNCTION}]")
 
 
-def _operands(node: Node) -> tuple[Array, Array, Array]:
-    """Return Q, K and V as (b, h, n, d), after the contract of all that is beside them.
+def operands(node: Node) -> tuple[Array, Array, Array]:
+    """Return Q, and K and V after those of the past, as (b, h, n, d), all checked.
 
     Raises:
         ShapeError, DtypeError, OptionError: an argument is refused.
@@ -175,6 +171,10 @@ def _operands(node: Node) -> tuple[Array, Array, Array]:
     past = given(past_key=node.past_key, past_value=node.past_value)
     check_floats(FUNCTION, Q=Q, K=K, V=V, **past)
     _check_mask(node, (sizes["b"], sizes["h"], sizes["n_q"]))
+    K, V = (
+        new if past is None else np.concat([past, new], axis=-2)
+        for new, past in ((K, node.past_key), (V, node.past_value))
+    )
     return Q, K, V
 
 
@@ -208,7 +208,7 @@ def _check_mask(node: Node, rows: tuple[int, int, int]) -> None:
         )
 
 
-def _options(node: Node, opset: int, logits: tuple[int, ...]) -> AttentionOptions:
+def options(node: Node, opset: int, logits: tuple[int, ...]) -> AttentionOptions:
     """Return the options of the reference that inputs and attributes mean."""
     n_q, n_k = logits[2:]
     options: AttentionOptions = {"causal": bool(node.is_causal), "scale": node.scale}
@@ -254,15 +254,15 @@ def _check_keys(mask: Array, n_k: int) -> None:
         )
 
 
-def _stage(mode: int, Q: Array, K: Array, V: Array, options: AttentionOptions) -> Array:
-    """Return the logits scaled (0), capped (1), with bias and masks (2), or the weights (3)."""
-    if mode == 3:
+def stage(name: str, Q: Array, K: Array, V: Array, options: AttentionOptions) -> Array:
+    """Return one of `STAGES`: scaled logits, capped, with bias and masks, or the weights."""
+    if name == "weights":
         return attention_weights(Q, K, V, **options)
     problem = resolve(FUNCTION, Q, K, V, options)
     logits = scaled_logits(problem)
-    if mode >= 1:
+    if name != "logits":
         logits = soften(problem, logits)
-    if mode == 2:
+    if name == "sum":
         added = linear_bias(problem)
         logits = logits if added is None else logits + added
         logits = np.where(problem.allowed, logits, -np.inf)
