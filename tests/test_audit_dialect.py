@@ -11,9 +11,12 @@ import pytest
 
 from refattn import cli
 from refattn.audit import expected, report
+from refattn.audit.calls import HEADED
 from refattn.audit.expected import ADAPTERS, expect, load_text
 from refattn.audit.run import FAIL, NOT_RUN, PASS, Result, run
 from refattn.audit.subject import Subject, from_callable, load_subject
+from refattn.dialects import find
+from refattn.dialects.conventions import choices
 from refattn.vectors.pack import Case, core_pack
 
 CASES = {case.id: case for case in core_pack().cases}
@@ -31,8 +34,39 @@ DEPARTURES = {
     "onnx_attention_23": {"masked add, not select"},
     "onnx_attention_24": {"masked add, not select", "alignment bottom_right, not top_left"},
     "onnx_attention_25": {"masked add, not select", "alignment bottom_right, not top_left"},
+    "onnx_attention_23_1_18": {
+        "empty_row nan, not zero",
+        "head_map tile, not interleave",
+        "masked add, not select",
+        "softcap_order after_bias, not before_bias",
+    },
+    "onnx_attention_23_1_20": {
+        "empty_row nan, not zero",
+        "masked add, not select",
+        "softcap_order after_bias, not before_bias",
+    },
+    "onnx_attention_23_1_22": {"empty_row nan, not zero", "masked add, not select"},
 }
 """How each dialect departs from the core pack, one way at least once."""
+
+COMPOSED = {
+    "attention-mask-causal",
+    "attention-softcap-after-bias-mask",
+    "attention-softcap-before-bias-mask",
+}
+"""Vectors of a mask beside causal attention, which was NaN in ONNX up to 1.22."""
+
+CAPPED = {"attention-softcap-before-bias-bias"}
+"""Vectors of a softcap and a bias with -∞, whose forbidden keys kept a weight up to 1.21."""
+
+UNNAMED = {
+    # JAX gives zeros beyond a query length, and the mean of the values where no key is left
+    "jax_dpa_0_10": {"attention-lengths-both", "attention-lengths-both-backward"},
+    "onnx_attention_23_1_18": CAPPED,
+    "onnx_attention_23_1_20": CAPPED | COMPOSED,
+    "onnx_attention_23_1_22": COMPOSED,
+}
+"""Vectors on which a dialect departs in a way that no one convention names."""
 
 
 def attend(query: Any, key: Any, value: Any, *, mask: Any = None, empty: float = np.nan) -> Any:
@@ -115,9 +149,45 @@ def test_every_vector_is_answered_by_the_default_or_by_a_named_convention(name: 
     pairs = zip(cases, told, strict=True)
     assert {t.departures(case) for case, t in pairs} - {""} == DEPARTURES[name]
     unnamed = {c.id for c, t in zip(cases, told, strict=True) if "no named" in t.reason}
-    # JAX gives zeros beyond a query length, and the mean of the values where no key is left
-    mixed = {"attention-lengths-both", "attention-lengths-both-backward"}
-    assert unnamed == (mixed if name == "jax_dpa_0_10" else set())
+    assert unnamed == UNNAMED.get(name, set())
+
+
+def _revealed(name: str, heads: int = 1, key_heads: int = 1, **given: Any) -> np.ndarray:
+    """Return the weights of 2 queries over 3 keys, which a query of 0 and an identity reveal."""
+    marks = np.stack([np.eye(3) * (head + 1) for head in range(key_heads)])[None]
+    inputs = {"query": np.zeros((1, heads, 2, 3)), "key": np.zeros((1, key_heads, 3, 3))}
+    inputs |= {"value": marks, **{n: a for n, a in given.items() if isinstance(a, np.ndarray)}}
+    options = {n: a for n, a in given.items() if n not in inputs}
+    text = load_text(name)
+    turned = (1, 2) if text.capabilities.layout == "bnhd" else (1, 1)
+    inputs = {n: a.swapaxes(*turned) if n in HEADED else a for n, a in inputs.items()}
+    return text.run(inputs, options)["output"].swapaxes(*turned)[0]
+
+
+ROWS = {
+    "zero": np.zeros(3),
+    "nan": np.full(3, np.nan),
+    "uniform": np.full(3, 1 / 3),
+}
+"""The weights of a row without a key, by their convention."""
+
+
+@pytest.mark.clause("OWN-CAUSAL1", "OWN-EMPTY1", "OWN-GQA1")
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_what_a_dialect_says_of_itself_is_what_its_text_does(name: str) -> None:
+    said = {axis: choices(choice) for axis, choice in find(name).conventions.items()}
+    offered = load_text(name).capabilities.features
+    for axis in ("window", "softcap", "dropout", "sinks"):
+        if axis != "dropout" or name != "torch_mha_2_13":  # its dropout is of a module in training
+            assert (axis in offered) == (said[axis] != ("none",)), axis
+    np.testing.assert_allclose(_revealed(name, causal=True)[0], [[1, 0, 0], [0.5, 0.5, 0]])
+    assert {"top_left", "given by the mask"} & set(said["causal_alignment"])
+    empty = _revealed(name, mask=np.array([[True] * 3, [False] * 3]))[0, 1]
+    (found,) = (n for n, row in ROWS.items() if np.allclose(empty, row, equal_nan=True))
+    assert found in said["empty_row"]
+    if "grouped_heads" in offered:
+        marks = _revealed(name, heads=4, key_heads=2)[:, 0].sum(axis=-1).round().tolist()
+        assert said["head_map"] == ("interleave" if marks == [1, 1, 2, 2] else "tile",)
 
 
 def test_the_report_says_what_differs_and_whom_it_agrees_with() -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from refattn import attention_weights
-from refattn.dialects import onnx_attention
+from refattn.checks import OptionError
+from refattn.dialects import onnx_attention, onnx_releases
 from refattn.errors import RefattnError
 
 
@@ -101,3 +102,41 @@ def test_misuse_of_caches_and_windows_is_refused_in_one_sentence(changed, senten
     with pytest.raises(RefattnError, match=sentence) as caught:
         _onnx(25, **changed)
     assert "\n" not in str(caught.value)
+
+
+def _release(name: str, mask: object = None, *past: object, **attributes: object) -> np.ndarray:
+    attend = getattr(onnx_releases, f"attention_23_{name}")
+    q, k = np.ones((1, 1, 1, 4)), np.array([[1.0] * 4, [0.0] * 4])[None, None]
+    return attend(q, k, np.eye(2)[None, None], mask, *past, **attributes).Y[0, 0, 0]
+
+
+@pytest.mark.clause("OWN-SOFTCAP1", "OWN-EMPTY1")
+@pytest.mark.parametrize(("name", "leak"), [("1_18", True), ("1_20", True), ("1_22", False)])
+def test_a_softcap_that_comes_last_leaves_forbidden_keys_a_weight(name: str, leak: bool) -> None:
+    mask = np.array([[True, False]])
+    weights = _release(name, mask, softcap=0.5)
+    capped = 0.5 * np.tanh(2 / 0.5)
+    np.testing.assert_allclose(weights[1], 1 / (1 + np.exp(capped + 0.5)) if leak else 0)
+    assert np.isnan(_release(name, ~mask & mask)).all()
+
+
+@pytest.mark.clause("OWN-GQA1", "OWN-CAUSAL1")
+def test_1_18_tiles_heads_and_forgets_the_past() -> None:
+    q, k = np.zeros((1, 4, 1, 2)), np.zeros((1, 2, 1, 2))
+    v = np.array([10.0, 20.0]).reshape(1, 2, 1, 1)
+    found = {n: getattr(onnx_releases, f"attention_23_{n}")(q, k, v).Y for n in ("1_18", "1_20")}
+    assert found["1_18"].ravel().tolist() == [10, 20, 10, 20]
+    assert found["1_20"].ravel().tolist() == [10, 10, 20, 20]
+    past = np.zeros((1, 1, 3, 4)), np.zeros((1, 1, 3, 2))
+    # in 1.18 it sees the first key only, whose value is 0
+    assert not _release("1_18", None, *past, is_causal=1).any()
+    assert _release("1_20", None, *past, is_causal=1).any()
+
+
+@pytest.mark.clause("OWN-MASK1")
+def test_a_mask_beside_causal_attention_was_refused_and_then_nan() -> None:
+    mask = np.ones((1, 2), bool)
+    with pytest.raises(OptionError, match=r"onnx 1\.18 takes one of them"):
+        _release("1_18", mask, is_causal=1)
+    for name in ("1_20", "1_22"):
+        assert np.isnan(_release(name, mask, is_causal=1)).all()

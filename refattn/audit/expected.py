@@ -32,6 +32,9 @@ ADAPTERS = {
     "onnx_attention_23": "onnx_attention",
     "onnx_attention_24": "onnx_attention",
     "onnx_attention_25": "onnx_attention",
+    "onnx_attention_23_1_18": "onnx_attention",
+    "onnx_attention_23_1_20": "onnx_attention",
+    "onnx_attention_23_1_22": "onnx_attention",
 }
 """Dialects that answer a case of attention, and the module whose `dialect` calls their text."""
 

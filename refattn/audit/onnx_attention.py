@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -10,7 +11,6 @@ import numpy as np
 
 from refattn.audit.capabilities import Capabilities
 from refattn.audit.subject import Arrays, Subject
-from refattn.dialects import onnx_attention
 from refattn.dialects.conventions import Dialect
 from refattn.errors import RefattnError
 
@@ -73,12 +73,13 @@ def run(inputs: Arrays, options: dict[str, Any]) -> Arrays:
 
 
 def dialect(told: Dialect) -> Subject:
-    """Return the text of an operator set: lengths since 24, windows since 25."""
-    opset = int(told.name.rpartition("_")[2])
+    """Return the text of an operator set, or of a release: lengths since 24, windows since 25."""
+    opset = int(told.name.split("_")[2])
     more = {"lengths"} if opset >= LENGTHS_SINCE else set()
     more |= {"window"} if opset >= WINDOWS_SINCE else set()
     offered = replace(CAPABILITIES, features=CAPABILITIES.features | more)
-    attend = getattr(onnx_attention, f"attention_{opset}")
+    module, _, name = told.functions[0].rpartition(".")
+    attend = getattr(importlib.import_module(module), name)
     return Subject(told.name, told.version, offered, partial(_run_dialect, attend))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from refattn.checks import OptionError, shown
-from refattn.dialects import jax_dpa, onnx_attention, torch_mha, torch_sdpa
+from refattn.dialects import jax_dpa, onnx_attention, onnx_releases, torch_mha, torch_sdpa
 from refattn.dialects.conventions import Dialect
 
 DIALECTS: dict[str, Dialect] = {
@@ -13,6 +13,7 @@ DIALECTS: dict[str, Dialect] = {
         torch_mha.DIALECT,
         jax_dpa.DIALECT,
         *onnx_attention.DIALECTS,
+        *onnx_releases.DIALECTS,
     )
 }
 """Every dialect by its full name; its alias names it, too."""

@@ -87,7 +87,7 @@ CONVENTIONS: dict[str, Convention] = {
         ),
         Convention(
             "mask_with_causal",
-            ("and", "refused", "causal alone", "mask alone"),
+            ("and", "refused", "causal alone", "mask alone", "nan"),
             "What rules when a mask and causal attention are asked for together.",
             "OWN-MASK1",
         ),
@@ -123,7 +123,7 @@ CONVENTIONS: dict[str, Convention] = {
         ),
         Convention(
             "softcap",
-            ("none", "before bias", "after bias"),
+            ("none", "before bias", "after bias", "after bias, forbidden keys too"),
             "Whether logits are capped, and on which side of what is added to them.",
             "OWN-SOFTCAP1",
         ),
