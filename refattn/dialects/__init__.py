@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from refattn.checks import OptionError, shown
-from refattn.dialects import torch_mha, torch_sdpa
+from refattn.dialects import keras2_mha, keras3_gqa, keras3_mha, torch_mha, torch_sdpa
 from refattn.dialects.conventions import Dialect
 
 DIALECTS: dict[str, Dialect] = {
-    dialect.name: dialect for dialect in (torch_sdpa.DIALECT, torch_mha.DIALECT)
+    module.DIALECT.name: module.DIALECT
+    for module in (torch_sdpa, torch_mha, keras3_mha, keras3_gqa, keras2_mha)
 }
 """Every dialect by its full name; its alias names it, too."""
 
