@@ -27,13 +27,8 @@ from refattn.checks import (
     shown,
 )
 from refattn.dialects.conventions import Dialect
-from refattn.dialects.keras3_mha import (
-    CONVENTIONS,
-    attended_axes,
-    check_call,
-    check_dropout,
-    output_axes,
-)
+from refattn.dialects.keras3_mha import CONVENTIONS
+from refattn.dialects.keras_arguments import attended_axes, check_call, check_dropout, output_axes
 from refattn.dialects.keras_layer import (
     Call,
     Form,
@@ -51,7 +46,7 @@ FUNCTION = "keras2.MultiHeadAttention"
 SUNK = -1e9
 """What is added to a masked logit."""
 
-NUMBERS = {
+NUMBERS: dict[str, str] = {
     "beside another mask": "as bool",
     "alone": "(1 - mask)·(-1e9) added",
     "alone, robust masking": "above 1/2",
@@ -79,12 +74,14 @@ DIALECT = Dialect(
         "attention_axes that are negative, or name the batch, the heads or an axis twice, or none: "
         "tf-keras builds an equation without a meaning, or errs; refused here.",
         "masks that hang on inputs of more than 3 axes: refused here.",
+        "rows without a key over several axes: tf-keras normalises them by a logsumexp that it "
+        "rounds beside 1e9, so that in float32 every weight of such a row is 1; here they sum to 1.",
         "masked cells whose key or value is NaN or ∞: tf-keras multiplies by a weight of 0; with "
         "robust masking they are not read here.",
         "float16 and bfloat16: tf-keras rounds after every stage; here results are rounded once.",
         "the gradient of a mask of floats: tf-keras has one; none here.",
         "inputs of integers and ragged tensors: refused here.",
-        "numbers: what tf-keras finds out while it makes the weights is refused at once; flags "
+        "counts of 0, and what tf-keras finds out while it makes the weights is refused at once; flags "
         "must be bools.",
         "initializers, regularizers and constraints: they belong to training, not to the function.",
     ),
@@ -307,7 +304,8 @@ class MultiHeadAttention:
             ShapeError: batch axes of query and value, or of key and value, differ.
         """
         asked = self.attention_axes
-        for axis in (asked,) if is_integer(asked) else asked or ():  # type: ignore[union-attr]
+        listed = asked if isinstance(asked, (tuple, list)) else (asked,)
+        for axis in listed:
             if is_integer(axis) and axis < 0:
                 raise OptionError(
                     f"attention_axes is {shown(asked)}, but it must count from 0 [{FUNCTION}]"

@@ -22,12 +22,8 @@ from refattn.checks import (
     given,
 )
 from refattn.dialects.conventions import Dialect
-from refattn.dialects.keras3_mha import (
-    CONVENTIONS,
-    EXCEPTIONS,
-    check_call,
-    check_dropout,
-)
+from refattn.dialects.keras3_mha import CONVENTIONS, EXCEPTIONS
+from refattn.dialects.keras_arguments import check_call, check_dropout
 from refattn.dialects.keras_layer import (
     Call,
     Form,
@@ -42,7 +38,7 @@ from refattn.dialects.keras_masks import both, merged
 FUNCTION = "keras3.GroupQueryAttention"
 """The name in error sentences."""
 
-NUMBERS = {"alone, with scores or dropout": "above 1/2", "else": "as bool"}
+NUMBERS: dict[str, str] = {"alone, with scores or dropout": "above 1/2", "else": "as bool"}
 """The two readings of a mask that is not bool."""
 
 DIALECT = Dialect(
@@ -61,7 +57,11 @@ DIALECT = Dialect(
         "softmax_dtype": {"fused": "float32", "scores or dropout": "computing dtype"},
         "head_map": "interleave",
     },
-    exceptions=EXCEPTIONS,
+    exceptions=(
+        "lengths of key and value that differ: Keras does not look, and its backend may not; "
+        "refused here.",
+        *EXCEPTIONS,
+    ),
 )
 """What Keras 3.15 does."""
 

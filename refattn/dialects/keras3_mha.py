@@ -12,17 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from refattn.arrays import Array
-from refattn.checks import (
-    OptionError,
-    check_arrays,
-    check_counts,
-    check_finite,
-    check_flag,
-    given,
-    is_integer,
-    shown,
+from refattn.checks import check_arrays, check_counts, check_flag, given
+from refattn.dialects.conventions import Choice, Dialect
+from refattn.dialects.keras_arguments import (
+    attended_axes,
+    check_call,
+    check_dropout,
+    output_axes,
 )
-from refattn.dialects.conventions import Dialect
 from refattn.dialects.keras_layer import (
     Call,
     Form,
@@ -37,10 +34,10 @@ from refattn.dialects.keras_masks import both, merged
 FUNCTION = "keras3.MultiHeadAttention"
 """The name in error sentences."""
 
-SCORES = {"return_attention_scores": "before dropout", "else": "none"}
+SCORES: Choice = {"return_attention_scores": "before dropout", "else": "none"}
 """The weights that a call of any layer of Keras returns."""
 
-CONVENTIONS = {
+CONVENTIONS: dict[str, Choice] = {
     "argument_order": "query value key",
     "layout": "batch length features",
     "batch_axes": "broadcast",
@@ -53,7 +50,7 @@ CONVENTIONS = {
     "mask_with_causal": "and",
     "masked_cell": {"fused": "add a finite number", "scores, dropout or more axes": "select"},
     "empty_row": {"fused": "uniform", "scores, dropout or more axes": "zero"},
-    "no_keys": "zero",
+    "no_keys": {"torch": "zero", "numpy": "refused"},
     "head_map": "equal heads",
     "window": "exclusive",
     "softcap": "none",
@@ -74,6 +71,9 @@ EXCEPTIONS = (
     "flash_attention: what it refuses is refused here, but Keras refuses it on a CPU altogether.",
     "numbers: NumPy's integers are taken here and True is refused as a count; Keras does the "
     "opposite. Flags must be bools.",
+    "gradients of a row without a key, fused: torch's kernel by tiles loses the logarithm of the row's "
+    "sum beside its finite logits, and gives n_k times the derivative of what it returned.",
+    "no batch items: the fused attention does not look at the mask then; here it must fit.",
     "a second call whose shapes the first would have refused: Keras checks them once.",
     "initializers, regularizers and constraints: they belong to training, not to the function.",
 )
@@ -303,83 +303,3 @@ class MultiHeadAttention:
             self.form, self.weights, query, value, key, axes, mask, "zero", rate,
             keep if rate else None, return_scores, fused,
         )  # fmt: skip
-
-
-def attended_axes(function: str, axes: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
-    """Return attention_axes of inputs of `ndim` axes, counted from the front.
-
-    Raises:
-        OptionError: one is not between batch and features, or named twice.
-    """
-    if axes is None:
-        return tuple(range(1, ndim - 1))
-    named_axes = (axes,) if is_integer(axes) else axes
-    if not isinstance(named_axes, (tuple, list)) or not all(map(is_integer, named_axes)):
-        raise OptionError(
-            f"attention_axes is {shown(axes)}, but it must be an integer or a tuple of them "
-            f"[{function}]"
-        )
-    found = tuple(int(a) if a >= 0 else ndim + int(a) for a in named_axes)
-    if not found or len(set(found)) < len(found) or not all(1 <= a < ndim - 1 for a in found):
-        raise OptionError(
-            f"attention_axes is {shown(axes)}, but of {ndim} axes it must name one or more between "
-            f"the first and the last, none twice [{function}]"
-        )
-    return found
-
-
-def output_axes(function: str, output_shape: int | Sequence[int] | None) -> tuple[int, ...] | None:
-    """Return output_shape as a tuple; None, or what Keras takes for it: 0 or nothing.
-
-    Raises:
-        OptionError: it is no integer of at least 1, and no sequence of such.
-    """
-    if output_shape is None or output_shape == 0:
-        return None
-    sizes = (output_shape,) if is_integer(output_shape) else output_shape
-    if not isinstance(sizes, (tuple, list)):
-        raise OptionError(
-            f"output_shape is {shown(output_shape)}, but it must be an integer or a tuple of them "
-            f"[{function}]"
-        )
-    counts = {f"output_shape[{i}]": size for i, size in enumerate(sizes)}
-    return tuple(check_counts(function, **counts)) or None
-
-
-def check_dropout(function: str, dropout: float, flash_attention: bool | None) -> None:
-    """Check a layer's dropout, and that flash attention has none.
-
-    Raises:
-        OptionError: it is not from 0 to 1, or flash_attention is True beside it.
-    """
-    check_finite(function, dropout=dropout)
-    check_flag(function, **given(flash_attention=flash_attention))
-    if not 0 <= dropout <= 1:
-        raise OptionError(f"dropout is {shown(dropout)}, but it must be from 0 to 1 [{function}]")
-    if flash_attention and dropout > 0:
-        raise OptionError(
-            f"dropout is {shown(dropout)}, but flash_attention takes none [{function}]"
-        )
-
-
-def check_call(
-    function: str,
-    weights: Mapping[str, Array],
-    return_scores: bool,
-    training: bool | None,
-    causal: bool,
-    flash_attention: bool | None = None,
-) -> None:
-    """Check the flags of a call, and that the layer has its weights.
-
-    Raises:
-        OptionError: it has not, or a flag is refused.
-    """
-    if not weights:
-        raise OptionError(f"the layer has no weights, but set_weights gives them [{function}]")
-    flags = {"return_attention_scores": return_scores, "use_causal_mask": causal}
-    check_flag(function, **flags, **given(training=training))
-    if flash_attention and return_scores:
-        raise OptionError(
-            f"return_attention_scores is True, but flash_attention returns none [{function}]"
-        )
