@@ -74,15 +74,14 @@ DIALECT = Dialect(
         "attention_axes that are negative, or name the batch, the heads or an axis twice, or none: "
         "tf-keras builds an equation without a meaning, or errs; refused here.",
         "masks that hang on inputs of more than 3 axes: refused here.",
-        "rows without a key over several axes: tf-keras normalises them by a logsumexp that it "
-        "rounds beside 1e9, so that in float32 every weight of such a row is 1; here they sum to 1.",
+        "rows without a key over several axes: tf-keras divides by a sum that it loses beside 1e9, "
+        "so that in float32 every weight of such a row is 1; here they sum to 1.",
         "masked cells whose key or value is NaN or ∞: tf-keras multiplies by a weight of 0; with "
         "robust masking they are not read here.",
         "float16 and bfloat16: tf-keras rounds after every stage; here results are rounded once.",
         "the gradient of a mask of floats: tf-keras has one; none here.",
         "inputs of integers and ragged tensors: refused here.",
-        "counts of 0, and what tf-keras finds out while it makes the weights is refused at once; flags "
-        "must be bools.",
+        "counts of 0: refused here. Flags must be bools.",
         "initializers, regularizers and constraints: they belong to training, not to the function.",
     ),
 )

@@ -71,8 +71,8 @@ EXCEPTIONS = (
     "flash_attention: what it refuses is refused here, but Keras refuses it on a CPU altogether.",
     "numbers: NumPy's integers are taken here and True is refused as a count; Keras does the "
     "opposite. Flags must be bools.",
-    "gradients of a row without a key, fused: torch's kernel by tiles loses the logarithm of the row's "
-    "sum beside its finite logits, and gives n_k times the derivative of what it returned.",
+    "gradients of a row without a key, fused: torch's kernel by tiles loses the row's sum beside "
+    "its finite logits, and gives n_k times the derivative of what it returned; here once.",
     "no batch items: the fused attention does not look at the mask then; here it must fit.",
     "a second call whose shapes the first would have refused: Keras checks them once.",
     "initializers, regularizers and constraints: they belong to training, not to the function.",

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from optional import lacking, require_device
 from refattn.errors import RefattnError
 
 WORKER = Path(__file__).with_name("keras_worker.py")
@@ -30,6 +31,8 @@ HUNG = {"query": "attached_query_mask", "value": "value_mask", "key": "key_mask"
 @contextmanager
 def keras_process(backend: str) -> Iterator[Any]:
     """Give a function that has a request answered by Keras on a backend."""
+    package = "tf_keras" if backend == "tf_keras" else "keras"
+    require_device(package, lacking(package))
     worker = subprocess.Popen(
         [sys.executable, str(WORKER), backend],
         stdin=subprocess.PIPE,
@@ -51,7 +54,9 @@ def keras_process(backend: str) -> Iterator[Any]:
         worker.stdout.close()  # type: ignore[union-attr]
 
 
-def assert_close(name: str, actual: Any, expected: Any, tolerance: float | None = None) -> None:
+def assert_close(
+    name: str, actual: Any, expected: Any, tolerance: float | None = None, scale: float = 1.0
+) -> None:
     """Assert presence, dtype, shape and values."""
     assert (actual is None) == (expected is None), name
     if actual is None:
@@ -59,7 +64,7 @@ def assert_close(name: str, actual: Any, expected: Any, tolerance: float | None 
     assert actual.dtype == expected.dtype, (name, actual.dtype, expected.dtype)
     assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
     tolerance = tolerance or TOLERANCE[actual.dtype.name]
-    scale = max(1.0, np.max(np.abs(expected), initial=0.0))
+    scale = max(scale, np.max(np.abs(expected), initial=0.0))
     difference = np.max(np.abs(actual - expected), initial=0.0)
     assert difference <= tolerance * scale, (name, difference, scale)
 
@@ -90,6 +95,8 @@ def compare(
         return theirs
     mine = _ours(ours, named, inputs, told, dtype, theirs)
     assert not isinstance(mine, Exception), mine
+    names = [name.split(":")[0].split("/")[-2:] for name in theirs["names"]]
+    assert ["/".join(name) for name in names] == mine["names"]
     tolerance = TOLERANCE["float32"] if mine["fused"] else None
     if mine["sunk"]:
         tolerance = max(TOLERANCE[dtype], 1e-6)
@@ -97,10 +104,14 @@ def compare(
         assert_close(name, mine[name], theirs[name], tolerance)
     if "gradients" in theirs and not mine["empty"]:
         by_input, by_weight = theirs["gradients"]
-        for name, gradient in by_input.items():
-            assert_close(f"d_{name}", getattr(mine["gradients"], f"d_{name}"), gradient, tolerance)
-        for i, (a, b) in enumerate(zip(mine["gradients"].d_weights, by_weight, strict=True)):
-            assert_close(f"d_weights[{i}]", a, b, tolerance)
+        expected = {f"d_{name}": gradient for name, gradient in by_input.items()}
+        actual = {name: getattr(mine["gradients"], name) for name in expected}
+        expected |= dict(zip(mine["names"], by_weight, strict=True))
+        actual |= dict(zip(mine["names"], mine["gradients"].d_weights, strict=True))
+        # of all of them: the gradient of the keys' bias is 0, and only rounding is left of it
+        scale = max(np.max(np.abs(gradient), initial=1.0) for gradient in expected.values())
+        for name, gradient in expected.items():
+            assert_close(name, actual[name], gradient, tolerance, scale)
     return None
 
 
@@ -113,7 +124,11 @@ def _is_fused(layer: Any, inputs: Any, scores: Any) -> bool:
 def _is_sunk(layer: Any, inputs: Any) -> bool:
     """Tell whether tf-keras subtracts a rounded logsumexp, which may be as large as 1e9."""
     axes = layer.attention_axes if hasattr(layer, "softmax_robust_masking") else 0
-    return inputs["query"].ndim > 3 if axes is None else isinstance(axes, (tuple, list)) and len(axes) > 1
+    return (
+        inputs["query"].ndim > 3
+        if axes is None
+        else isinstance(axes, (tuple, list)) and len(axes) > 1
+    )
 
 
 def _empties_a_row(layer: Any, inputs: Any, told: Any) -> bool:
@@ -150,6 +165,7 @@ def _ours(ours: Any, named: Any, inputs: Any, told: Any, dtype: str, theirs: Any
         fused = _is_fused(layer, inputs, scores)
         empty = fused and _empties_a_row(layer, inputs, told)
         results = {"output": output, "scores": scores, "gradients": found}
+        results["names"] = list(layer.weights)
         return results | {"fused": fused, "empty": empty, "sunk": _is_sunk(layer, inputs)}
     except RefattnError as error:
         return error

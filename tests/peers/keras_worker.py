@@ -6,6 +6,7 @@ input, runs each on a real layer and writes a pickled answer; see `keras_dialect
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import sys
@@ -116,8 +117,24 @@ def gradients(layer: Any, inputs: dict[str, Any], results: Any, cotangents: Any,
     return dict(zip(leaves, found, strict=False)), found[len(leaves) :]
 
 
+def about(name: str) -> dict[str, Any]:
+    """Return a layer's parameters with their defaults, and the names of its weights."""
+    layer = getattr(keras.layers, name)
+    parameters = {
+        n: {
+            p.name: p.default
+            for p in inspect.signature(f).parameters.values()
+            if p.kind != p.VAR_KEYWORD
+        }
+        for n, f in (("init", layer), ("call", layer.call))
+    }
+    return parameters | {"version": keras.__version__}
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Run a request."""
+    if "about" in request:
+        return about(request["about"])
     inputs = {name: tensor(request["inputs"].get(name)) for name in INPUTS}
     options = {
         name: tensor(option) if isinstance(option, np.ndarray) else option
@@ -143,6 +160,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     ]
     found = {
         "weights": [np.asarray(w) for w in layer.get_weights()],
+        "names": [w.path if hasattr(w, "path") else w.name for w in layer.weights],
         "output": array(results[0]),
         "scores": array(results[1]),
         "keep": kept[0] if kept else None,
