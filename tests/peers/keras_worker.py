@@ -61,19 +61,10 @@ def hang(value: Any, mask: Any) -> None:
 def built(request: dict[str, Any], inputs: dict[str, Any]) -> Any:
     """Return the layer with drawn weights; biases are 0 otherwise, where a wrong one hides."""
     layer = getattr(keras.layers, request["layer"])(**request["named"], dtype=request["dtype"])
-    shapes = [None if x is None else x.shape for x in inputs.values()]
     if BACKEND == "tf_keras":
-        layer._build_from_signature(*shapes)
-        for part in ("query", "key", "value", "output"):
-            dense = getattr(layer, f"_{part}_dense")
-            lead = (*shapes[0][:-1],) if part == "output" else ()
-            features = {"query": shapes[0], "value": shapes[1], "key": shapes[2] or shapes[1]}
-            if part == "output":
-                dense.build((*lead, layer._num_heads, layer._value_dim))
-            else:
-                dense.build(features[part])
+        layer(**inputs)  # makes the weights, by their full names
     else:
-        layer.build(*(None if s is None else tuple(s) for s in shapes))
+        layer.build(*(None if x is None else tuple(x.shape) for x in inputs.values()))
     draw = np.random.default_rng(request["seed"]).normal
     weights = [draw(size=w.shape).astype(request["dtype"]) for w in layer.get_weights()]
     layer.set_weights(weights)
