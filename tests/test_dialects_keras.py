@@ -116,6 +116,23 @@ def test_without_options_a_layer_is_the_reference_s_multi_head_attention() -> No
     np.testing.assert_allclose(layer(x, y), expected, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.clause("OWN-GATE1")
+def test_a_gate_multiplies_what_the_heads_return() -> None:
+    x = _draw(B, N_Q, E)
+    gated = _weighted(Keras3(2, 4, use_gate=True, dropout=0.5), x, x)
+    named = dict(gated.weights)
+    plain = Keras3(2, 4, dropout=0.5, output_shape=(2, 4))
+    # an output kernel that is the identity returns the heads as they are
+    same = np.eye(8).reshape(2, 4, 2, 4)
+    ungated = [named[n] for n in named if not n.startswith(("gate", "attention"))]
+    heads = plain.set_weights([*ungated, same, np.zeros((2, 4))])(x, x)
+    gate = np.einsum("bne,ehd->bnhd", x, named["gate/kernel"]) + named["gate/bias"]
+    heads = heads / (1 + np.exp(-gate))
+    out = np.einsum("bnhd,hde->bne", heads, named["attention_output/kernel"])
+    expected = out + named["attention_output/bias"]
+    np.testing.assert_allclose(gated(x, x), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_the_fused_form_computes_in_float32_whatever_the_dtype() -> None:
     x = _draw(B, N_Q, E)
     plain, exact = (_weighted(Keras3(2, 4, dropout=rate), x, x) for rate in (0.0, 0.5))
@@ -159,7 +176,7 @@ def test_only_the_mask_that_hangs_on_the_query_is_looked_at() -> None:
     assert np.abs(groups(x, x, query_mask=mask) - groups(x, x)).max() > 0.1
 
 
-@pytest.mark.clause("VAS-S322b")
+@pytest.mark.clause("OWN-AXES1")
 def test_axes_that_are_attended_jointly_are_one_of_their_product() -> None:
     x = _draw(B, 2, 3, E)
     layer = _weighted(Keras3(2, 4, dropout=0.5), x, x)
@@ -172,7 +189,7 @@ def test_axes_that_are_attended_jointly_are_one_of_their_product() -> None:
     np.testing.assert_allclose(rows(x, x)[:, 1], apart, rtol=1e-12)
 
 
-@pytest.mark.clause("OWN-BACKWARD1", "OWN-WEIGHTS1", "OWN-DROPOUT1")
+@pytest.mark.clause("OWN-BACKWARD1", "OWN-GATE1", "OWN-WEIGHTS1", "OWN-DROPOUT1")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradients_are_the_slopes_of_a_loss_on_output_and_scores(kind: str) -> None:
     gate = {} if kind == "keras2" else {"use_gate": True}

@@ -92,7 +92,7 @@ DIALECT = Dialect(
 class MultiHeadAttention:
     """tf_keras.layers.MultiHeadAttention with its constructor; weights come by `set_weights`.
 
-    Spec: VAS-S322a, VAS-S322b, OWN-DROPOUT1.
+    Spec: VAS-S322a, VAS-S322b, OWN-AXES1, OWN-DROPOUT1.
 
     Args:
         num_heads: h.

@@ -70,7 +70,7 @@ DIALECT = Dialect(
 class GroupQueryAttention:
     """keras.layers.GroupQueryAttention with Keras's constructor; see `set_weights`.
 
-    Spec: VAS-S322a, VAS-S322b, OWN-GQA1, OWN-WINDOW1, OWN-DROPOUT1.
+    Spec: VAS-S322a, VAS-S322b, OWN-GQA1, OWN-GATE1, OWN-WINDOW1, OWN-DROPOUT1.
 
     Args:
         head_dim: d, features of a head.

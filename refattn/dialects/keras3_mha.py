@@ -102,7 +102,7 @@ DIALECT = Dialect(
 class MultiHeadAttention:
     """keras.layers.MultiHeadAttention with Keras's constructor; weights come by `set_weights`.
 
-    Spec: VAS-S322a, VAS-S322b, OWN-WINDOW1, OWN-DROPOUT1.
+    Spec: VAS-S322a, VAS-S322b, OWN-AXES1, OWN-GATE1, OWN-WINDOW1, OWN-DROPOUT1.
 
     Args:
         num_heads: h.

@@ -143,7 +143,7 @@ def named(form: Form, weights: Sequence[Any]) -> dict[str, Array]:
 def forward(call: Call) -> tuple[Array, Array | None]:
     """Return the output, and the weights before dropout where they are asked for.
 
-    Spec: VAS-S322a, OWN-WEIGHTS1, OWN-DROPOUT1.
+    Spec: VAS-S322a, OWN-GATE1, OWN-AXES1, OWN-WEIGHTS1, OWN-DROPOUT1.
 
         Q, K, V = x W + b by head;  O = Concat(P V ∘ gate) W^O + b^O
     """
@@ -163,7 +163,7 @@ def forward(call: Call) -> tuple[Array, Array | None]:
 def backward(call: Call, d_output: Array, d_scores: Array | None) -> LayerGradients:
     """Return the gradients of the inputs and of every weight.
 
-    Spec: OWN-BACKWARD1, OWN-WEIGHTS1, OWN-BATCH1, VAS-S322a.
+    Spec: OWN-BACKWARD1, OWN-GATE1, OWN-WEIGHTS1, OWN-BATCH1, VAS-S322a.
 
     Raises:
         ShapeError, DtypeError, OptionError: as the forward call, or a cotangent does not fit.
@@ -303,7 +303,12 @@ def _linear_backward(
 
 
 def _gate(call: Call, ready: Prepared) -> Array:
-    """Return σ(x W + b), which multiplies what the heads return."""
+    """Return what multiplies the heads' outputs.
+
+    Spec: OWN-GATE1.
+
+        G = σ(x W + b)
+    """
     return np.asarray(expit(_linear(ready.inputs["query"], call.weights, "gate")))
 
 
@@ -314,7 +319,10 @@ def _order(rank: int, axes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _to_heads(x: Array, axes: tuple[int, ...]) -> Array:
-    """Return (..., h, n, d) of (b, ..., h, d): the attended axes as one of length n."""
+    """Return (..., h, n, d) of (b, ..., h, d): the attended axes as one of length n.
+
+    Spec: OWN-AXES1.
+    """
     x = np.transpose(x, _order(x.ndim, axes))
     k = len(axes)
     return np.reshape(x, (*x.shape[: -1 - k], math.prod(x.shape[-1 - k : -1]), x.shape[-1]))

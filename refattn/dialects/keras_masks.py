@@ -86,7 +86,7 @@ def spread(
 ) -> Array | None:
     """Return a mask over the scores, its missing axes in place, attended axes as one of each.
 
-    Spec: OWN-MASK1.
+    Spec: OWN-MASK1, OWN-AXES1.
 
     Args:
         function: the name in error sentences.

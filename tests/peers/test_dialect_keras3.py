@@ -95,7 +95,7 @@ CALLED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.clause(
     "VAS-S322a", "VAS-S322b", "OWN-MASK1", "OWN-EMPTY1", "OWN-DROPOUT1", "OWN-BACKWARD1",
-    "OWN-WINDOW1", "OWN-WEIGHTS1",
+    "OWN-WINDOW1", "OWN-WEIGHTS1", "OWN-GATE1",
 )  # fmt: skip
 @pytest.mark.parametrize("options", CALLED.values(), ids=CALLED.keys())
 @pytest.mark.parametrize("named", CONSTRUCTED.values(), ids=CONSTRUCTED.keys())
@@ -130,7 +130,7 @@ def test_grouped_queries_agree(
         assert gqa(numpy_keras, named | named_too, small, options, dtype="float32") is None
 
 
-@pytest.mark.clause("VAS-S322b", "OWN-MASK1")
+@pytest.mark.clause("OWN-AXES1", "OWN-MASK1")
 @pytest.mark.parametrize(
     ("axes", "lead"),
     [(None, (2, 3)), ((1, 2), (2, 3)), ((2, 1), (2, 3)), (1, (2, 5)), ((2,), (2, 3)), (-2, (2, 3))],
