@@ -67,6 +67,7 @@ DIALECT = Dialect(
         "integer_mask": NUMBERS | {"alone, robust masking": "refused"},
         "masked_cell": {"softmax_robust_masking": "select", "else": "add a finite number"},
         "empty_row": {"softmax_robust_masking": "uniform", "else": "as unmasked, rounded"},
+        "no_keys": "zero",
         "window": "none",
         "softmax_dtype": "computing dtype",
     },

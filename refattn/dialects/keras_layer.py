@@ -174,7 +174,7 @@ def backward(call: Call, d_output: Array, d_scores: Array | None) -> LayerGradie
     merged = heads if G is None else heads * G
     _check_cotangents(call, ready, d_output, d_scores, merged.shape[:-2])
     found: dict[str, Array] = {}
-    into = dict.fromkeys(ready.inputs, np.float64(0.0))
+    into: dict[str, Any] = dict.fromkeys(ready.inputs, 0.0)
     dO = widen(d_output)
     d_merged = _linear_backward(found, dO, merged, call.weights, "attention_output", bound=2)
     if G is not None:
