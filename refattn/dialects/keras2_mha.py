@@ -77,6 +77,7 @@ DIALECT = Dialect(
         "masks that hang on inputs of more than 3 axes: refused here.",
         "rows without a key over several axes: tf-keras divides by a sum that it loses beside 1e9, "
         "so that in float32 every weight of such a row is 1; here they sum to 1.",
+        "masks longer than an axis of one query or key: tf-keras repeats it; refused here.",
         "masked cells whose key or value is NaN or ∞: tf-keras multiplies by a weight of 0; with "
         "robust masking they are not read here.",
         "float16 and bfloat16: tf-keras rounds after every stage; here results are rounded once.",

@@ -63,8 +63,8 @@ CONVENTIONS: dict[str, Choice] = {
 """The choices of Keras 3's layers; grouped queries differ in a few."""
 
 EXCEPTIONS = (
-    "masked cells whose key or value is NaN or ∞, and allowed logits near -1e9: Keras multiplies "
-    "masked values by 0 and sinks their logits by a finite number; here they are not read.",
+    "masked cells whose value is NaN or ∞, not fused: Keras multiplies it by 0; here it is not read. "
+    "Allowed logits near -1e9: Keras puts that number into masked ones.",
     "float16 and bfloat16: Keras rounds after every stage; here results are rounded once.",
     "inputs and weights of several dtypes: floats are cast to the weights' dtype, as there; "
     "integers, which Keras promotes, are refused.",
@@ -73,6 +73,7 @@ EXCEPTIONS = (
     "opposite. Flags must be bools.",
     "gradients of a row without a key, fused: torch's kernel by tiles loses the row's sum beside "
     "its finite logits, and gives n_k times the derivative of what it returned; here once.",
+    "masks longer than an axis of one key, on the numpy backend: it repeats the key; refused here.",
     "no batch items: the fused attention does not look at the mask then; here it must fit.",
     "a second call whose shapes the first would have refused: Keras checks them once.",
     "initializers, regularizers and constraints: they belong to training, not to the function.",

@@ -53,10 +53,10 @@ def attention_mask(
 
 
 @st.composite
-def inputs_and_axes(draw: Any, wrong: str, ranks: list[int], some: bool) -> Any:
+def inputs_and_axes(draw: Any, wrong: str, ranks: list[int], shortest: dict[int, int]) -> Any:
     """Draw query, value and key, the attended axes, and the axes of the scores."""
     rank, size = draw(st.sampled_from(ranks)), st.integers(1, 4)
-    least = 1 if some else draw(st.sampled_from([1] * 7 + [0]))
+    least = shortest.get(rank) or draw(st.sampled_from([1] * 7 + [0]))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     middle = list(range(1, rank - 1))
     axes = draw(st.permutations(middle))[: draw(st.integers(1, len(middle)))]
@@ -86,11 +86,13 @@ def mha_calls(draw: Any, *, version: int, dtype: str = "float64", some_keys: boo
     """Draw a MultiHeadAttention and a call: constructor, inputs, options, hung masks.
 
     `some_keys` keeps to what Keras's numpy backend can do, or sees: there is a key, and a mask of
-    another length does not meet the only key, which it would repeat.
+    another length does not meet the only key, which it would repeat. tf-keras repeats the only
+    query or key, too, but a causal mask of the first axis can do that over several axes only.
     """
     wrong = draw(st.sampled_from([w for w in WRONG if not (some_keys and w == "mask")]))
     ranks = [3, 3, 3, 4, 4, 5]
-    inputs, axes, (batch, ends), random = draw(inputs_and_axes(wrong, ranks, some_keys))
+    shortest = {3: 1, 4: 1, 5: 1} if some_keys else {4: 2, 5: 2} if version == 2 else {}
+    inputs, axes, (batch, ends), random = draw(inputs_and_axes(wrong, ranks, shortest))
     inputs = {name: x.astype(dtype) for name, x in inputs.items()}
     rank, h, size = inputs["value"].ndim, draw(st.integers(1, 3)), st.integers(1, 3)
     named: dict[str, Any] = {"num_heads": -1 if wrong == "heads" else h, "key_dim": draw(size)}
@@ -139,7 +141,7 @@ def gqa_calls(draw: Any) -> Any:
     # lengths of key and value that differ are a named exception
     wrong = draw(st.sampled_from([w for w in WRONG if w != "lengths"]))
     ranks = [4] if wrong == "axes" else [3]
-    inputs, _, (batch, ends), random = draw(inputs_and_axes(wrong, ranks, False))
+    inputs, _, (batch, ends), random = draw(inputs_and_axes(wrong, ranks, {}))
     h_k, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     named: dict[str, Any] = {
         "head_dim": draw(st.integers(1, 3)),
