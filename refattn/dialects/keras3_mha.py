@@ -63,8 +63,8 @@ CONVENTIONS: dict[str, Choice] = {
 """The choices of Keras 3's layers; grouped queries differ in a few."""
 
 EXCEPTIONS = (
-    "masked cells whose value is NaN or ∞, not fused: Keras multiplies it by 0; here it is not read. "
-    "Allowed logits near -1e9: Keras puts that number into masked ones.",
+    "masked cells whose value is NaN or ∞, not fused: Keras multiplies it by 0; here it is not "
+    "read. Allowed logits near -1e9: Keras puts that number into masked ones.",
     "float16 and bfloat16: Keras rounds after every stage; here results are rounded once.",
     "inputs and weights of several dtypes: floats are cast to the weights' dtype, as there; "
     "integers, which Keras promotes, are refused.",
