@@ -97,6 +97,22 @@ def test_numbers_as_a_mask_are_read_in_four_ways() -> None:
     np.testing.assert_array_equal(keras2[0], [0, 0, 1])
 
 
+@pytest.mark.clause("OWN-POISON1")
+@pytest.mark.parametrize("robust", [False, True])
+def test_a_forbidden_key_is_not_read_and_a_forbidden_value_is_multiplied_by_0(robust: bool) -> None:
+    x, y, z = np.zeros((1, 2, 3)), np.eye(3)[None], np.eye(3)[None].copy()
+    mask = np.array([[[True, True, False], [False, False, False]]])
+    layers = (
+        Keras2(1, 3, use_bias=False, softmax_robust_masking=True),
+        Keras3(1, 3, use_bias=False, dropout=0.5),
+    )
+    layer, z[0, 2] = _transparent(layers[0 if robust else 1], 3), np.nan
+    # two rows: half of each allowed value; none
+    row = layer(x, y, z, attention_mask=mask)[0, 0]
+    np.testing.assert_array_equal(row, [0.5, 0.5, 0])
+    assert np.isnan(layer(x, z, y, attention_mask=mask)).all()
+
+
 @pytest.mark.clause("OWN-CAUSAL1", "OWN-WINDOW1")
 def test_causal_starts_at_the_top_left_and_a_window_excludes_its_end() -> None:
     layer = Keras3(1, 4, use_bias=False, sliding_window=2)

@@ -65,7 +65,11 @@ DIALECT = Dialect(
         "batch_axes": "equal",
         "float_mask": NUMBERS,
         "integer_mask": NUMBERS | {"alone, robust masking": "refused"},
-        "masked_cell": {"softmax_robust_masking": "select", "else": "add a finite number"},
+        "masked_cell": {
+            "softmax_robust_masking, key": "select",
+            "softmax_robust_masking, value": "add",
+            "else": "add a finite number",
+        },
         "empty_row": {"softmax_robust_masking": "uniform", "else": "as unmasked, rounded"},
         "no_keys": "zero",
         "window": "none",
@@ -78,8 +82,7 @@ DIALECT = Dialect(
         "rows without a key over several axes: tf-keras divides by a sum that it loses beside 1e9, "
         "so that in float32 every weight of such a row is 1; here they sum to 1.",
         "masks longer than an axis of one query or key: tf-keras repeats it; refused here.",
-        "masked cells whose key or value is NaN or ∞: tf-keras multiplies by a weight of 0; with "
-        "robust masking they are not read here.",
+        "NaN and ∞ in gradients with robust masking: tf-keras multiplies them by a weight of 0.",
         "float16 and bfloat16: tf-keras rounds after every stage; here results are rounded once.",
         "the gradient of a mask of floats: tf-keras has one; none here.",
         "inputs of integers and ragged tensors: refused here.",

@@ -52,7 +52,6 @@ DIALECT = Dialect(
         **CONVENTIONS,
         "float_mask": NUMBERS,
         "integer_mask": NUMBERS,
-        "masked_cell": {"fused": "add a finite number", "scores or dropout": "select"},
         "empty_row": {"fused": "uniform", "scores or dropout": "zero"},
         "softmax_dtype": {"fused": "float32", "scores or dropout": "computing dtype"},
         "head_map": "interleave",

@@ -48,7 +48,7 @@ CONVENTIONS: dict[str, Choice] = {
     "float_mask": "as bool",
     "integer_mask": "as bool",
     "mask_with_causal": "and",
-    "masked_cell": {"fused": "add a finite number", "scores, dropout or more axes": "select"},
+    "masked_cell": {"fused": "add a finite number", "else, key": "select", "else, value": "add"},
     "empty_row": {"fused": "uniform", "scores, dropout or more axes": "zero"},
     "no_keys": {"torch": "zero", "numpy": "refused"},
     "head_map": "equal heads",
@@ -63,8 +63,9 @@ CONVENTIONS: dict[str, Choice] = {
 """The choices of Keras 3's layers; grouped queries differ in a few."""
 
 EXCEPTIONS = (
-    "masked cells whose value is NaN or ∞, not fused: Keras multiplies it by 0; here it is not "
-    "read. Allowed logits near -1e9: Keras puts that number into masked ones.",
+    "NaN and ∞: where causal attention alone is fused, torch does not read what is forbidden, and "
+    "here it is sunk; in gradients, where Keras multiplies values that are not finite by 0.",
+    "allowed logits near -1e9: Keras puts that number into masked ones, and so they count.",
     "float16 and bfloat16: Keras rounds after every stage; here results are rounded once.",
     "inputs and weights of several dtypes: floats are cast to the weights' dtype, as there; "
     "integers, which Keras promotes, are refused.",

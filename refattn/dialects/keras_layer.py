@@ -140,6 +140,7 @@ def named(form: Form, weights: Sequence[Any]) -> dict[str, Array]:
     return arrays
 
 
+@np.errstate(all="ignore")  # IEEE values travel silently
 def forward(call: Call) -> tuple[Array, Array | None]:
     """Return the output, and the weights before dropout where they are asked for.
 
@@ -148,7 +149,7 @@ def forward(call: Call) -> tuple[Array, Array | None]:
         Q, K, V = x W + b by head;  O = Concat(P V ∘ gate) W^O + b^O
     """
     ready = prepare(call)
-    merged = _from_heads(attend(ready.attention), call.axes, ready.lengths[0])
+    merged = _from_heads(_attend(ready.attention), call.axes, ready.lengths[0])
     if call.form.use_gate:
         merged = merged * _gate(call, ready)
     like = call.weights["query/kernel"]
@@ -160,6 +161,7 @@ def forward(call: Call) -> tuple[Array, Array | None]:
     return output, narrow(np.reshape(P, (*P.shape[:-2], *queries, *keys)), like)
 
 
+@np.errstate(all="ignore")
 def backward(call: Call, d_output: Array, d_scores: Array | None) -> LayerGradients:
     """Return the gradients of the inputs and of every weight.
 
@@ -169,7 +171,7 @@ def backward(call: Call, d_output: Array, d_scores: Array | None) -> LayerGradie
         ShapeError, DtypeError, OptionError: as the forward call, or a cotangent does not fit.
     """
     ready = prepare(call)
-    heads = _from_heads(attend(ready.attention), call.axes, ready.lengths[0])
+    heads = _from_heads(_attend(ready.attention), call.axes, ready.lengths[0])
     G = _gate(call, ready) if call.form.use_gate else None
     merged = heads if G is None else heads * G
     _check_cotangents(call, ready, d_output, d_scores, merged.shape[:-2])
@@ -242,6 +244,23 @@ def prepare(call: Call) -> Prepared:
 def _selecting(problem: Lowered) -> Lowered:
     """Return a problem whose forbidden logits are not read, for Keras puts a number into them."""
     return problem._replace(options=problem.options | {"masked": "select"})
+
+
+def _attend(problem: Lowered) -> Array:
+    """Return attention's output, where a value that is not finite reaches rows that forbid it.
+
+    Spec: OWN-POISON1.
+
+        0 · v_j = NaN for a forbidden key j, but in a row that attends to all keys for want of one
+    """
+    output, mask = attend(problem), problem.options.get("mask")
+    wild = ~np.isfinite(problem.V)
+    if mask is None or not wild.any():
+        return output
+    forbidden = ~np.broadcast_to(mask, (*problem.Q.shape[:-1], problem.K.shape[-2]))
+    if problem.options.get("empty_row") == "uniform":
+        forbidden = forbidden & np.any(~forbidden, axis=-1, keepdims=True)
+    return np.where(np.matmul(forbidden, wild), np.nan, output)
 
 
 def _inputs(call: Call) -> dict[str, Array]:

@@ -263,6 +263,30 @@ def layer_index(layer: MultiHeadAttention, name: str) -> int:
     return list(layer.weights).index(name)
 
 
+@pytest.mark.clause("OWN-POISON1")
+@pytest.mark.parametrize("scores", [False, True])
+@pytest.mark.parametrize("where", ["key", "value"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_what_is_not_finite_travels_as_in_keras(
+    torch_keras: Any, numpy_keras: Any, poison: float, where: str, scores: bool
+) -> None:
+    inputs = _inputs("float32")
+    inputs[where][:, 3] = poison
+    mask = _mask()
+    mask[:, ::2, 3] = False
+    for ask in (torch_keras, numpy_keras) if scores else (torch_keras,):
+        options = {"attention_mask": mask, "return_attention_scores": scores}
+        theirs = ask({
+            "layer": "MultiHeadAttention", "named": {"num_heads": 2, "key_dim": 3}, "seed": 1,
+            "inputs": inputs, "options": options, "hung": {}, "dtype": "float32",
+        })  # fmt: skip
+        layer = MultiHeadAttention(2, 3).set_weights(theirs["weights"])
+        returned = layer(**inputs, **options)
+        ours = returned[0] if scores else returned
+        np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs["output"]))
+        np.testing.assert_allclose(ours, theirs["output"], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "ours"),
     [("MultiHeadAttention", MultiHeadAttention), ("GroupQueryAttention", GroupQueryAttention)],
