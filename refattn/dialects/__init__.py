@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from refattn.checks import OptionError, shown
-from refattn.dialects import jax_dpa, onnx_attention, onnx_releases, torch_mha, torch_sdpa
+from refattn.dialects import (
+    jax_dpa,
+    keras2_mha,
+    keras3_gqa,
+    keras3_mha,
+    onnx_attention,
+    onnx_releases,
+    torch_mha,
+    torch_sdpa,
+)
 from refattn.dialects.conventions import Dialect
 
 DIALECTS: dict[str, Dialect] = {
@@ -14,6 +23,9 @@ DIALECTS: dict[str, Dialect] = {
         jax_dpa.DIALECT,
         *onnx_attention.DIALECTS,
         *onnx_releases.DIALECTS,
+        keras3_mha.DIALECT,
+        keras3_gqa.DIALECT,
+        keras2_mha.DIALECT,
     )
 }
 """Every dialect by its full name; its alias names it, too."""

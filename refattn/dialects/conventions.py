@@ -51,7 +51,7 @@ CONVENTIONS: dict[str, Convention] = {
         ),
         Convention(
             "projections",
-            ("none", "packed or separate"),
+            ("none", "packed or separate", "one kernel each, by head"),
             "Whether linear projections belong to it, and how their weights are stored.",
             "VAS-S322b",
         ),
@@ -75,13 +75,13 @@ CONVENTIONS: dict[str, Convention] = {
         ),
         Convention(
             "float_mask",
-            ("added", "refused"),
+            ("added", "refused", "as bool", "above 1/2", "(1 - mask)·(-1e9) added"),
             "What a mask of floats does to the scaled logits.",
             "OWN-BIAS1",
         ),
         Convention(
             "integer_mask",
-            ("refused", "added", "as bool"),
+            ("refused", "added", "as bool", "above 1/2", "(1 - mask)·(-1e9) added"),
             "What a mask of integers does.",
             "OWN-MASK1",
         ),
@@ -93,13 +93,13 @@ CONVENTIONS: dict[str, Convention] = {
         ),
         Convention(
             "masked_cell",
-            ("select", "add"),
-            "Whether a forbidden cell is never read, or read and sunk by -∞.",
+            ("select", "add", "add a finite number"),
+            "Whether a forbidden cell is never read, or read and sunk: by -∞, or by less.",
             "OWN-POISON1",
         ),
         Convention(
             "empty_row",
-            ("zero", "nan", "uniform"),
+            ("zero", "nan", "uniform", "as unmasked, rounded"),
             "The weights of a query that may attend to no key.",
             "OWN-EMPTY1",
         ),
