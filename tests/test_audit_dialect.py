@@ -15,7 +15,7 @@ from refattn.audit.calls import HEADED
 from refattn.audit.expected import ADAPTERS, expect, load_text
 from refattn.audit.run import FAIL, NOT_RUN, PASS, Result, run
 from refattn.audit.subject import Subject, from_callable, load_subject
-from refattn.dialects import find
+from refattn.dialects import DIALECTS, find
 from refattn.dialects.conventions import choices
 from refattn.vectors.pack import Case, core_pack
 
@@ -27,9 +27,9 @@ DEPARTURES = {
     "torch_sdpa_2_13": {"masked add, not select"},
     "torch_mha_2_13": {"empty_row nan, not zero", "masked add, not select"},
     "jax_dpa_0_10": {
-        "empty_row uniform, not zero",
-        "masked add, not select",
-        "logsumexp of an empty row",
+        "empty_row uniform, not zero, its own logsumexp",
+        "masked add, not select, its own logsumexp",
+        "its own logsumexp",
     },
     "onnx_attention_23": {"masked add, not select"},
     "onnx_attention_24": {"masked add, not select", "alignment bottom_right, not top_left"},
@@ -46,6 +46,9 @@ DEPARTURES = {
         "softcap_order after_bias, not before_bias",
     },
     "onnx_attention_23_1_22": {"empty_row nan, not zero", "masked add, not select"},
+    "keras_mha_3_15": {"empty_row uniform, not zero", "masked add, not select"},
+    "keras_gqa_3_15": {"empty_row uniform, not zero", "masked add, not select"},
+    "keras_mha_2_21": {"masked add, not select"},
 }
 """How each dialect departs from the core pack, one way at least once."""
 
@@ -59,7 +62,19 @@ COMPOSED = {
 CAPPED = {"attention-softcap-before-bias-bias"}
 """Vectors of a softcap and a bias with -∞, whose forbidden keys kept a weight up to 1.21."""
 
+EMPTIED = {
+    "attention-empty-mask-zero",
+    "attention-empty-mask-zero-backward",
+    "attention-lse-gradient-empty",
+    "attention-mask-queries-only",
+}
+"""Vectors of an empty row, which tf.keras 2 does not have: 1e9 is less than infinity."""
+
 UNNAMED = {
+    # Keras 3 adds a finite number, so that a gradient passes the logits of an empty row
+    "keras_mha_3_15": {"attention-empty-mask-zero-backward"},
+    "keras_gqa_3_15": {"attention-empty-mask-zero-backward"},
+    "keras_mha_2_21": EMPTIED,
     # JAX gives zeros beyond a query length, and the mean of the values where no key is left
     "jax_dpa_0_10": {"attention-lengths-both", "attention-lengths-both-backward"},
     "onnx_attention_23_1_18": CAPPED,
@@ -212,9 +227,14 @@ def test_the_command_expects_a_dialect(capsys: pytest.CaptureFixture[str]) -> No
     assert data["counts"][PASS] > 0 and data["counts"][FAIL] == 0
 
 
+def test_an_audit_can_expect_any_dialect() -> None:
+    assert set(ADAPTERS) == set(DIALECTS)
+
+
 def test_the_command_refuses_what_is_no_dialect_in_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # every dialect is one, but another need not be
     monkeypatch.delitem(expected.ADAPTERS, "torch_mha_2_13")
     for word, sentence in (
         ("numpy", "dialect is 'numpy', but it must be one of torch_sdpa_2_13"),
