@@ -197,7 +197,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     "VAS-EQ1", "OWN-MASK1", "OWN-BIAS1", "OWN-CAUSAL1", "OWN-WINDOW1", "OWN-LENGTH1", "OWN-GQA1",
     "OWN-EMPTY1", "OWN-BACKWARD1",
 )  # fmt: skip
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(calls())
 def test_the_dialect_agrees_on_any_drawn_call(call: dict[str, Any]) -> None:
     with jax.enable_x64(True):
