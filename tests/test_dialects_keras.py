@@ -79,6 +79,15 @@ def test_in_keras_2_an_empty_row_is_as_unmasked_or_with_robust_masking_the_mean(
     np.testing.assert_allclose(mean, 1 / 3, rtol=1e-15)
 
 
+@pytest.mark.clause("OWN-BIAS1")
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 0.5), ("float64", 1 / (1 + np.exp(-20)))])
+def test_beside_1e9_float32_holds_multiples_of_64_only(dtype: str, share: float) -> None:
+    query, key, value = (np.array([[[x] for x in xs]], dtype) for xs in ([1], [0, 20], [0, 1]))
+    layer = Keras2(1, 1, use_bias=False).set_weights([np.ones((1, 1, 1), dtype)] * 4)
+    nothing = np.zeros((1, 1, 2), bool)
+    np.testing.assert_allclose(layer(query, value, key, nothing), [[[share]]], rtol=1e-12)
+
+
 @pytest.mark.clause("OWN-MASK1")
 def test_numbers_as_a_mask_are_read_in_four_ways() -> None:
     numbers = np.array([[[0.3, 0.0, 2.0]]])
@@ -93,8 +102,10 @@ def test_numbers_as_a_mask_are_read_in_four_ways() -> None:
         _weights(dropping, 3, attention_mask=numbers, value_mask=np.ones((1, 3)))[0], [0.5, 0, 0.5]
     )
     # -1e9 times 0.7, 1 and -1: the last one wins
-    keras2 = _weights(Keras2(1, 3, use_bias=False), 3, attention_mask=numbers)
-    np.testing.assert_array_equal(keras2[0], [0, 0, 1])
+    keras2 = Keras2(1, 3, use_bias=False)
+    np.testing.assert_array_equal(_weights(keras2, 3, attention_mask=numbers)[0], [0, 0, 1])
+    beside = {"value_mask": np.ones((1, 3), bool), "attention_mask": -numbers}
+    np.testing.assert_array_equal(_weights(keras2, 3, **beside)[0], [0.5, 0, 0.5])
 
 
 @pytest.mark.clause("OWN-POISON1")
