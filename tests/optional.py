@@ -24,8 +24,21 @@ def _no_ptxas() -> str:
     return str(importlib.import_module("refattn_gpu.ptx").no_ptxas())
 
 
-PRESENCE = {"cuda": _no_cuda, "cupy": _no_cupy, "ptxas": _no_ptxas}
-"""Names that ask for more than a package: a device for Numba, one for CuPy, NVIDIA's assembler.
+def _no_onnx_releases() -> str:
+    return "" if ONNX_RELEASES else "REFATTN_ONNX_RELEASES names no folder"
+
+
+ONNX_RELEASES = os.environ.get("REFATTN_ONNX_RELEASES", "")
+"""A folder with one folder a release of ONNX that is earlier than the installed one."""
+
+PRESENCE = {
+    "cuda": _no_cuda,
+    "cupy": _no_cupy,
+    "ptxas": _no_ptxas,
+    "onnx_releases": _no_onnx_releases,
+}
+"""Names that ask for more than a package: a device for Numba, one for CuPy, NVIDIA's assembler,
+earlier releases of ONNX.
 
 Each tells why it is absent; an empty string if it is there.
 """

@@ -87,6 +87,18 @@ def test_differences_are_the_axes_on_which_choices_differ() -> None:
     )
 
 
+@pytest.mark.parametrize("one", DIALECTS)
+def test_a_difference_is_seen_from_both_sides_for_every_pair(one: str) -> None:
+    for other in DIALECTS:
+        there, back = differences(find(one), find(other)), differences(find(other), find(one))
+        assert {axis: (b, a) for axis, (a, b) in there.items()} == back
+        for axis in CONVENTIONS:
+            told = [set(choices(find(name).conventions[axis])) for name in (one, other)]
+            # a choice that is the same whatever the circumstance is written as one word
+            assert (axis in there) or told[0] == told[1]
+            assert len(told[0]) > 1 or isinstance(find(one).conventions[axis], str), (one, axis)
+
+
 def test_the_command_lists_shows_and_compares(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["dialects", "list", "--json"]) == 0
     assert {d["name"] for d in json.loads(capsys.readouterr().out)} == set(DIALECTS)

@@ -63,7 +63,7 @@ def test_the_output_in_the_readme_is_what_the_command_prints(text, tmp_path):
 
 def test_every_block_of_the_readme_is_one_of_these_kinds():
     assert len(PYTHON) == 3
-    assert len(COMMANDS) == 4
+    assert len(COMMANDS) == 8
     assert len(MEASURED) == 3
 
 

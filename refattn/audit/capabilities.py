@@ -112,6 +112,21 @@ def refusal(case: Case, dtype: str, offered: Capabilities) -> str:
         dtype: one of the case's dtypes.
         offered: what the subject declares.
     """
+    if why := missing(case, dtype, offered):
+        return why
+    if case.op != "attention":
+        return ""
+    for axis, wanted in conventions(case).items():
+        made = offered.conventions.get(axis)
+        if made is None:
+            return f"{axis} is undeclared, and the case depends on it"
+        if made != ANY and not _same(case, axis, made, wanted):
+            return f"{axis} is {made} here, and the case asks for {wanted}"
+    return ""
+
+
+def missing(case: Case, dtype: str, offered: Capabilities) -> str:
+    """Return what a case needs and a subject does not offer, whatever its conventions."""
     if case.op not in offered.ops:
         return f"op {case.op} is not offered"
     if dtype not in offered.dtypes:
@@ -119,19 +134,13 @@ def refusal(case: Case, dtype: str, offered: Capabilities) -> str:
     if case.op != "attention":
         return ""
     needed = frozenset(case.requires) - GRADIENTS
-    missing = sorted(needed - offered.features)
-    if missing:
-        word = missing[0]
+    absent = sorted(needed - offered.features)
+    if absent:
+        word = absent[0]
         return f"{word} is not offered: the subject does not say that it {FEATURES.get(word, word)}"
     for pair in offered.exclusive:
         if pair <= needed:
             return f"{' and '.join(sorted(pair))} together are not offered"
-    for axis, wanted in conventions(case).items():
-        made = offered.conventions.get(axis)
-        if made is None:
-            return f"{axis} is undeclared, and the case depends on it"
-        if made != ANY and not _same(case, axis, made, wanted):
-            return f"{axis} is {made} here, and the case asks for {wanted}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Adapter of `jax.nn.dot_product_attention`, forward and backward."""
+"""Adapter of `jax.nn.dot_product_attention`, and of its dialect."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import numpy as np
 
 from refattn.audit.capabilities import Capabilities
 from refattn.audit.subject import Arrays, Subject
+from refattn.dialects.conventions import Dialect
+from refattn.dialects.jax_dpa import dot_product_attention, dot_product_attention_backward
+from refattn.errors import RefattnError
 
 CAPABILITIES = Capabilities(
     features=frozenset(
@@ -58,6 +61,25 @@ def run(inputs: Arrays, options: dict[str, Any]) -> Arrays:
         "logsumexp": np.asarray(logsumexp).swapaxes(1, 2),  # (b, n, h) there, (b, h, n) here
         **{f"d_{name}": np.asarray(gradient) for name, gradient in gradients.items()},
     }
+
+
+def dialect(told: Dialect) -> Subject:
+    """Return the dialect's text."""
+    return Subject(told.name, told.version, CAPABILITIES, _run_dialect)
+
+
+def _run_dialect(inputs: Arrays, options: dict[str, Any]) -> Arrays:
+    arguments: dict[str, Any] = {name: inputs[name] for name in LEAVES if name in inputs}
+    finite = all(np.isfinite(inputs[name]).all() for name in LEAVES[:3])
+    if "d_output" in inputs and not finite:
+        raise RefattnError("a gradient by what is not finite is one of its named exceptions")
+    arguments |= _fixed(inputs, options)
+    output, residual = dot_product_attention(**arguments, return_residual=True)
+    outputs = {"output": output, "logsumexp": residual.swapaxes(1, 2)}
+    if "d_output" in inputs:
+        found = dot_product_attention_backward(inputs["d_output"], **arguments)
+        outputs |= {name: g for name, g in found._asdict().items() if g is not None}
+    return outputs
 
 
 def _fixed(inputs: Arrays, options: dict[str, Any]) -> dict[str, Any]:

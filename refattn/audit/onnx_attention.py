@@ -1,14 +1,18 @@
-"""Adapter of the ONNX operator Attention (opset 23) on ONNX Runtime's CPU provider."""
+"""Adapter of ONNX Runtime's Attention (operator set 23), and of the operator's dialects."""
 
 from __future__ import annotations
 
-from functools import cache
+import importlib
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
 from refattn.audit.capabilities import Capabilities
 from refattn.audit.subject import Arrays, Subject
+from refattn.dialects.conventions import Dialect
+from refattn.errors import RefattnError
 
 CAPABILITIES = Capabilities(
     features=frozenset(
@@ -37,6 +41,9 @@ CAPABILITIES = Capabilities(
 OPSET = 23
 """Version of the operator set that has Attention first."""
 
+LENGTHS_SINCE, WINDOWS_SINCE = 24, 25
+"""Versions that have nonpad_kv_seqlen first, and windows."""
+
 IR_VERSION = 11
 """Version of the file form that goes with it."""
 
@@ -53,12 +60,9 @@ def subject() -> Subject:
 def run(inputs: Arrays, options: dict[str, Any]) -> Arrays:
     """Run a model of the one operator on a case."""
     fed = {"Q": inputs["query"], "K": inputs["key"], "V": inputs["value"]}
-    given = inputs.get("mask", inputs.get("bias"))
-    if given is not None:
-        # the provider wants the last two axes written out, though the operator broadcasts
-        rows = (inputs["query"].shape[2], inputs["key"].shape[2])
-        shape = np.broadcast_shapes(given.shape, rows)
-        fed["attn_mask"] = np.ascontiguousarray(np.broadcast_to(given, shape))
+    mask = _written_out(inputs)
+    if mask is not None:
+        fed["attn_mask"] = mask
     attributes = {
         ours: float(options[ours]) for ours in ("scale", "softcap") if options.get(ours) is not None
     }
@@ -66,6 +70,41 @@ def run(inputs: Arrays, options: dict[str, Any]) -> Arrays:
     types = tuple((name, array.dtype.name, array.ndim) for name, array in fed.items())
     (output,) = _session(types, tuple(sorted(attributes.items()))).run(None, fed)
     return {"output": output}
+
+
+def dialect(told: Dialect) -> Subject:
+    """Return the text of an operator set, or of a release: lengths since 24, windows since 25."""
+    opset = int(told.name.split("_")[2])
+    more = {"lengths"} if opset >= LENGTHS_SINCE else set()
+    more |= {"window"} if opset >= WINDOWS_SINCE else set()
+    offered = replace(CAPABILITIES, features=CAPABILITIES.features | more)
+    module, _, name = told.functions[0].rpartition(".")
+    attend = getattr(importlib.import_module(module), name)
+    return Subject(told.name, told.version, offered, partial(_run_dialect, attend))
+
+
+def _run_dialect(attend: Any, inputs: Arrays, options: dict[str, Any]) -> Arrays:
+    if "query_lengths" in inputs:
+        raise RefattnError("it has no argument for query_lengths")
+    attributes: dict[str, Any] = {"is_causal": int(options.get("causal", False))}
+    attributes |= {n: options[n] for n in ("scale", "softcap") if options.get(n) is not None}
+    if "window" in options:
+        left, right = (-1 if end is None else end for end in options["window"])
+        attributes |= {"left_window_size": left, "right_window_size": right}
+    if "key_lengths" in inputs:
+        attributes["nonpad_kv_seqlen"] = inputs["key_lengths"].astype(np.int64)
+    mask = _written_out(inputs)
+    found = attend(inputs["query"], inputs["key"], inputs["value"], mask, **attributes)
+    return {"output": found.Y}
+
+
+def _written_out(inputs: Arrays) -> np.ndarray[Any, Any] | None:
+    """Return attn_mask with its last two axes, which ONNX does not always broadcast."""
+    given = inputs.get("mask", inputs.get("bias"))
+    if given is None:
+        return None
+    rows = (inputs["query"].shape[2], inputs["key"].shape[2])
+    return np.ascontiguousarray(np.broadcast_to(given, np.broadcast_shapes(given.shape, rows)))
 
 
 @cache

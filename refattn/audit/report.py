@@ -26,7 +26,9 @@ text-align: left; vertical-align: top } .pass { color: #17692c } .fail { color: 
 """Look of the HTML report."""
 
 
-def summary(subject: Subject, pack: Pack, results: Sequence[Result]) -> dict[str, Any]:
+def summary(
+    subject: Subject, pack: Pack, results: Sequence[Result], *, dialect: str = ""
+) -> dict[str, Any]:
     """Return the whole report as plain data, which is the form of the JSON report."""
     titles = {id_: clause.title for id_, clause in load_clauses().items()}
     offered = subject.capabilities
@@ -63,6 +65,8 @@ def summary(subject: Subject, pack: Pack, results: Sequence[Result]) -> dict[str
             }
             for v in sorted(by_clause(results), key=lambda v: _place(v.id, titles))
         ],
+        "dialect": dialect,
+        "departures": dict(Counter(r.departure for r in results if r.departure).most_common()),
         "not_run_reasons": dict(
             Counter(r.reason for r in results if r.status == NOT_RUN).most_common()
         ),
@@ -126,6 +130,14 @@ def findings(data: dict[str, Any]) -> list[str]:
     return [f"{c['id']}: {c['first_finding']}" for c in data["clauses"] if c["first_finding"]]
 
 
+def departures(data: dict[str, Any]) -> list[str]:
+    """Return how the runs that a dialect alone expects differ from refattn's defaults."""
+    return [
+        f"{n} runs differ from refattn's default but agree with dialect {data['dialect']}: {how}"
+        for how, n in data["departures"].items()
+    ]
+
+
 def as_markdown(data: dict[str, Any]) -> str:
     """Return the report as Markdown."""
     lines = [f"# Audit of {data['subject']['name']}", "", headline(data) + ".", "", precision(data)]
@@ -133,6 +145,7 @@ def as_markdown(data: dict[str, Any]) -> str:
     lines += [_bar(HEAD), _bar(["---"] * len(HEAD)), *map(_bar, clause_rows(data))]
     lines += ["", "## Findings", "", "The first failing element of each clause.", ""]
     lines += [f"- {finding}" for finding in findings(data)] or ["None."]
+    lines += _departed(data)
     lines += ["", "## Not run", ""]
     lines += [f"- {n} runs: {why}" for why, n in data["not_run_reasons"].items()] or ["Nothing."]
     return "\n".join(lines) + "\n"
@@ -151,6 +164,7 @@ def as_html(data: dict[str, Any]) -> str:
     skipped = "".join(
         f"<li>{n} runs: {html.escape(why)}</li>\n" for why, n in data["not_run_reasons"].items()
     )
+    apart = "".join(f"<p>{html.escape(line)}</p>\n" for line in departures(data))
     title = html.escape(f"Audit of {data['subject']['name']}")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -158,9 +172,17 @@ def as_html(data: dict[str, Any]) -> str:
         f"<p>{html.escape(headline(data))}.</p>\n<p>{html.escape(precision(data))}</p>\n"
         f"<p>{html.escape(_provenance(data))}</p>\n<h2>Clauses</h2>\n"
         f"<p>{html.escape(MEANING)}</p>\n"
-        f"<table><tr>{head}</tr>\n{rows}</table>\n<h2>Findings</h2>\n<ul>{found}</ul>\n"
+        f"<table><tr>{head}</tr>\n{rows}</table>\n<h2>Findings</h2>\n<ul>{found}</ul>\n{apart}"
         f"<h2>Not run</h2>\n<ul>{skipped or '<li>Nothing.</li>'}</ul>\n</body></html>\n"
     )
+
+
+def _departed(data: dict[str, Any]) -> list[str]:
+    """Return the part on a dialect; nothing where none was expected."""
+    if not data["dialect"]:
+        return []
+    said = [f"- {text}" for text in departures(data)] or ["No run differs from the default."]
+    return ["", f"## Dialect {data['dialect']}", "", *said]
 
 
 def _provenance(data: dict[str, Any]) -> str:
@@ -183,6 +205,7 @@ def _result(result: Result) -> dict[str, Any]:
         "profile": result.profile,
         "status": result.status,
         "reason": result.reason,
+        "departure": result.departure,
         "ratios": {verdict.name: float(verdict.ratio) for verdict in result.outputs},
     }
 

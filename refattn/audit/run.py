@@ -5,19 +5,16 @@ Three outcomes only: pass, fail, not run. What is not run never counts as passed
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from refattn.arrays import FLOATS, numpy_dtype
-from refattn.audit.capabilities import ANY, CONVENTIONS, LAYOUTS, refusal
+from refattn.audit.calls import call, takes_gradients
+from refattn.audit.capabilities import missing, refusal
+from refattn.audit.expected import Expected, expect
 from refattn.audit.subject import Arrays, Subject
-from refattn.backends import cast_floats
 from refattn.bounds import PROFILES, profile_of
 from refattn.errors import RefattnError
 from refattn.judge import STATISTICS, OutputVerdict, judge
@@ -33,9 +30,6 @@ TIGHTEST_FIRST = {
     "bfloat16": ("bf16",),
 }
 """Profiles that a result in each dtype can show, in the order in which they are looked for."""
-
-HEADED = ("query", "key", "value", "d_output", "output", "d_query", "d_key", "d_value")
-"""Tensors that the layout of a subject reorders."""
 
 LOGSUMEXP_CLAUSES = frozenset({"OWN-LSE1", "NUM-LSE1"})
 """Clauses that only the logsumexp can prove."""
@@ -65,6 +59,8 @@ class Result:
     """Profiles whose bounds every output of this run met."""
     bounded: frozenset[str] = frozenset()
     """Profiles of which the case has bounds; any other tells nothing."""
+    departure: str = ""
+    """How the dialect that was expected departs from the default, where this run agrees with it."""
 
     @property
     def ratio(self) -> float:
@@ -110,7 +106,12 @@ def select(
 
 
 def run(
-    subject: Subject, cases: Sequence[Case], *, dtypes: Sequence[str] = (), profile: str = ""
+    subject: Subject,
+    cases: Sequence[Case],
+    *,
+    dtypes: Sequence[str] = (),
+    profile: str = "",
+    dialect: Subject | None = None,
 ) -> Iterator[Result]:
     """Yield the result of every case in every dtype that it is exact in.
 
@@ -119,38 +120,66 @@ def run(
         cases: the selection.
         dtypes: only these; all if empty.
         profile: the precision that the subject declares; that of each dtype if empty.
+        dialect: the text that says what is expected, from `expected.load_text`; None = the case.
 
     Raises:
         RefattnError: the profile is unknown.
     """
     if profile and profile not in PROFILES:
         raise RefattnError(f"profile is {profile}, but it must be one of {', '.join(PROFILES)}")
+    if dialect is not None:  # the subject makes the dialect's choices, unasked
+        subject = subject._replace(capabilities=replace(subject.capabilities, conventions={}))
     for case in cases:
-        for dtype in dtypes or FLOATS:
-            if dtype in case.dtypes:
-                yield run_case(subject, case, dtype, profile or profile_of(dtype))
+        asked = [dtype for dtype in dtypes or FLOATS if dtype in case.dtypes]
+        told = None if dialect is None or not asked else expect(case, dialect)
+        for dtype in asked:
+            yield run_case(subject, case, dtype, profile or profile_of(dtype), told)
 
 
-def run_case(subject: Subject, case: Case, dtype: str, profile: str) -> Result:
-    """Return the result of one case in one dtype."""
+def run_case(
+    subject: Subject, case: Case, dtype: str, profile: str, told: Expected | None = None
+) -> Result:
+    """Return the result of one case in one dtype, against its own values or a dialect's."""
     about = (case.id, case.clauses, dtype, profile)
-    why = refusal(case, dtype, subject.capabilities) or unbounded(case, profile)
-    bounded = frozenset(case.bounds)
+    offered = subject.capabilities
+    why = refusal(case, dtype, offered) if told is None else missing(case, dtype, offered)
+    why = why or (told.reason if told else "")
+    expected = case if told is None or told.case is None else told.case
+    why = why or unbounded(expected, profile)
+    bounded = frozenset(expected.bounds)
     if why:
         return Result(*about, NOT_RUN, why)
     try:
-        outputs = _call(subject, case, dtype)
+        outputs = call(subject, case, dtype)
     except (Exception, SystemExit) as error:
         message = " ".join(str(error).split())[:300]
         return Result(*about, FAIL, f"{type(error).__name__}: {message}", bounded=bounded)
     if not outputs:
         return Result(*about, FAIL, "it returned nothing", bounded=bounded)
-    judged = _judged(subject, case, outputs)
-    met = frozenset(name for name in case.bounds if judge(judged, outputs, name).ok)
+    judged = _judged(subject, expected, outputs)
+    met = frozenset(name for name in expected.bounds if judge(judged, outputs, name).ok)
     verdicts = judge(judged, outputs, profile).outputs + _wrong_dtypes(judged, outputs, dtype)
+    departure = told.departures(judged) if told else ""
+    if departure and _default_holds(subject, case, outputs, profile):
+        verdicts = tuple(_told_apart(verdict, departure) for verdict in verdicts)
     first = next((v for v in verdicts if not v.ok), None)
-    reason = first.reason if first else ""
-    return Result(*about, FAIL if first else PASS, reason, verdicts, met, bounded)
+    status, reason = (FAIL, first.reason) if first else (PASS, "")
+    return Result(*about, status, reason, verdicts, met, bounded, "" if first else departure)
+
+
+def _default_holds(subject: Subject, case: Case, outputs: Arrays, profile: str) -> bool:
+    """Return whether a run that a dialect is expected of gives the certified values instead."""
+    if unbounded(case, profile):
+        return False
+    return judge(_judged(subject, case, outputs), outputs, profile).ok
+
+
+def _told_apart(verdict: OutputVerdict, departure: str) -> OutputVerdict:
+    """Return a failing verdict that says that the default is met, and the dialect is not."""
+    if verdict.ok:
+        return verdict
+    why = f"it agrees with refattn's default, but the dialect has {departure}: {verdict.reason}"
+    return verdict._replace(reason=why)
 
 
 def by_clause(results: Sequence[Result]) -> list[ClauseVerdict]:
@@ -203,55 +232,12 @@ def _wrong_dtypes(case: Case, outputs: Arrays, dtype: str) -> tuple[OutputVerdic
     )  # fmt: skip
 
 
-def _call(subject: Subject, case: Case, dtype: str) -> Arrays:
-    """Run the subject on copies of a case's tensors, in its layout and with its options."""
-    offered = subject.capabilities
-    inputs = {name: cast_floats(np.array(array), dtype) for name, array in case.inputs.items()}
-    options = {**case.parameters, **case.conventions}
-    if case.op == "attention":
-        inputs, options = _understood(subject, inputs, dict(options))
-    permuted = {name: _permute(name, array, offered.layout) for name, array in inputs.items()}
-    # what a subject warns of or prints is its own affair: stdout may be carrying the report
-    with warnings.catch_warnings(), np.errstate(all="ignore"), redirect_stdout(sys.stderr):
-        warnings.simplefilter("ignore")
-        before = {name: array.tobytes() for name, array in permuted.items()}
-        returned = subject.run(permuted, options)
-    for name, array in permuted.items():
-        if array.tobytes() != before[name]:
-            raise RefattnError(f"it changed its input {name}")
-    return {name: _permute(name, np.asarray(a), offered.layout) for name, a in returned.items()}
-
-
-def _understood(
-    subject: Subject, inputs: Arrays, options: dict[str, Any]
-) -> tuple[Arrays, dict[str, Any]]:
-    """Leave out what the subject does not take: gradients, false flags, fixed conventions."""
-    made = subject.capabilities.conventions
-    if not _backward(subject, inputs):
-        inputs = {n: a for n, a in inputs.items() if n not in ("d_output", "d_logsumexp")}
-    chosen = {axis: choices[0] for axis, choices in CONVENTIONS.items()} | options
-    options = {
-        name: value
-        for name, value in chosen.items()
-        if value is not False and (name not in CONVENTIONS or made.get(name) == ANY)
-    }
-    return inputs, options
-
-
-def _backward(subject: Subject, inputs: Arrays) -> bool:
-    """Return whether the gradients of a case can be asked of a subject."""
-    features = subject.capabilities.features
-    return "backward" in features and (
-        "d_logsumexp" not in inputs or "logsumexp_gradient" in features
-    )
-
-
 def _judged(subject: Subject, case: Case, outputs: Arrays) -> Case:
     """Return the case with those of its expected outputs that the subject owes or returned."""
     owed = {"output"} if case.op == "attention" else set(case.outputs)
     if (
         case.op == "attention"
-        and _backward(subject, dict(case.inputs))
+        and takes_gradients(subject, dict(case.inputs))
         and "d_output" in case.inputs
     ):
         owed |= {"d_query", "d_key", "d_value"}
@@ -259,13 +245,6 @@ def _judged(subject: Subject, case: Case, outputs: Arrays) -> Case:
         owed.add("logsumexp")
     kept = {n: a for n, a in case.outputs.items() if n in owed or n in outputs}
     return replace(case, outputs=kept)
-
-
-def _permute(name: str, array: np.ndarray[Any, Any], layout: str) -> np.ndarray[Any, Any]:
-    """Exchange heads and length of a tensor where the layout asks for it."""
-    if layout == LAYOUTS[0] or name not in HEADED or array.ndim != 4:
-        return array
-    return np.ascontiguousarray(array.swapaxes(1, 2))
 
 
 def _clause_verdict(id_: str, results: Sequence[Result]) -> ClauseVerdict:

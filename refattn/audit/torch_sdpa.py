@@ -1,7 +1,9 @@
-"""Adapter of `torch.nn.functional.scaled_dot_product_attention`, forward and backward."""
+"""Adapter of `torch.nn.functional.scaled_dot_product_attention`, and of its dialect."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -9,6 +11,12 @@ import numpy as np
 
 from refattn.audit.capabilities import Capabilities
 from refattn.audit.subject import Arrays, Subject
+from refattn.dialects.conventions import Dialect
+from refattn.dialects.torch_sdpa import (
+    scaled_dot_product_attention,
+    scaled_dot_product_attention_backward,
+)
+from refattn.errors import RefattnError
 
 CAPABILITIES = Capabilities(
     features=frozenset(
@@ -56,20 +64,49 @@ def run(inputs: Arrays, options: dict[str, Any]) -> Arrays:
     tensors = {name: to_torch(array) for name, array in inputs.items()}
     backward = "d_output" in tensors
     leaves = {name: tensors[name].requires_grad_(backward) for name in LEAVES if name in tensors}
-    output = torch.nn.functional.scaled_dot_product_attention(
-        tensors["query"],
-        tensors["key"],
-        tensors["value"],
-        attn_mask=tensors.get("mask", tensors.get("bias")),
-        is_causal=bool(options.get("causal", False)),
-        scale=options.get("scale"),
-        enable_gqa=tensors["query"].shape[1] != tensors["key"].shape[1],
-    )
+    output = torch.nn.functional.scaled_dot_product_attention(**_arguments(tensors, options))
     outputs = {"output": to_numpy(output)}
     if backward:
         gradients = torch.autograd.grad(output, list(leaves.values()), tensors["d_output"])
         outputs |= {f"d_{n}": to_numpy(g) for n, g in zip(leaves, gradients, strict=True)}
     return outputs
+
+
+def dialect(told: Dialect) -> Subject:
+    """Return the dialect's text; it takes masks beside causal attention where torch does."""
+    offered = replace(
+        CAPABILITIES,
+        features=CAPABILITIES.features | {"dropout"},
+        exclusive=(frozenset({"mask", "bias"}),),
+    )
+    return Subject(told.name, told.version, offered, _run_dialect)
+
+
+def _run_dialect(inputs: Arrays, options: dict[str, Any]) -> Arrays:
+    arguments = _arguments(inputs, options)
+    if arguments["is_causal"] and not np.isfinite(inputs["key"]).all():
+        raise RefattnError("NaN in a key under is_causal is one of its named exceptions")
+    if "keep" in inputs:
+        dropped = 1 - options["keep_probability"]
+        arguments |= {"keep": inputs["keep"], "dropout_p": dropped}
+    outputs = {"output": scaled_dot_product_attention(**arguments)}
+    if "d_output" in inputs:
+        found = scaled_dot_product_attention_backward(inputs["d_output"], **arguments)
+        outputs |= {n: g for n, g in found._asdict().items() if g is not None}
+        if "d_attn_mask" in outputs:
+            outputs["d_bias"] = outputs.pop("d_attn_mask")
+    return outputs
+
+
+def _arguments(arrays: Mapping[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of torch's function, in arrays of either library."""
+    return {
+        **{name: arrays[name] for name in ("query", "key", "value")},
+        "attn_mask": arrays.get("mask", arrays.get("bias")),
+        "is_causal": bool(options.get("causal", False)),
+        "scale": options.get("scale"),
+        "enable_gqa": arrays["query"].shape[1] != arrays["key"].shape[1],
+    }
 
 
 def to_torch(array: np.ndarray[Any, Any]) -> Any:

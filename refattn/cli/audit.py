@@ -29,6 +29,9 @@ def audit(
     convention: Annotated[
         Words, typer.Option(metavar="AXIS=CHOICE", help="Its choice where papers leave one.")
     ] = None,
+    dialect: Annotated[
+        str, typer.Option(help="The dialect whose behaviour is expected, such as torch_sdpa.")
+    ] = "",
     layout: Annotated[str, typer.Option(help="Order of its axes: bhnd or bnhd.")] = "",
     pack: Annotated[Path | None, typer.Option(help="A pack; the core pack if absent.")] = None,
     json_file: Annotated[
@@ -58,6 +61,7 @@ def audit(
         flags=flag or (),
         dtypes=dtype or (),
         profile=profile,
+        dialect=dialect,
         watch=progress,
     )
     if report is not None and write is not None:
@@ -70,7 +74,7 @@ def _print(data: dict[str, Any], json_file: str) -> None:
     """Print the report, or the JSON if it goes to stdout."""
     import json
 
-    from refattn.audit.report import HEAD, clause_rows, findings, headline, precision
+    from refattn.audit.report import HEAD, clause_rows, departures, findings, headline, precision
     from refattn.cli.out import plain, print_json, print_table
 
     if json_file == "-":
@@ -83,6 +87,8 @@ def _print(data: dict[str, Any], json_file: str) -> None:
         print(f"finding: {finding}")
     for why, n in data["not_run_reasons"].items():
         print(f"not run: {n} runs: {why}")
+    for departure in departures(data):
+        print(departure)
     print(precision(data))
     print(headline(data))
 

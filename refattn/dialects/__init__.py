@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 from refattn.checks import OptionError, shown
-from refattn.dialects import torch_mha, torch_sdpa
+from refattn.dialects import (
+    jax_dpa,
+    keras2_mha,
+    keras3_gqa,
+    keras3_mha,
+    onnx_attention,
+    onnx_releases,
+    torch_mha,
+    torch_sdpa,
+)
 from refattn.dialects.conventions import Dialect
 
 DIALECTS: dict[str, Dialect] = {
-    dialect.name: dialect for dialect in (torch_sdpa.DIALECT, torch_mha.DIALECT)
+    dialect.name: dialect
+    for dialect in (
+        torch_sdpa.DIALECT,
+        torch_mha.DIALECT,
+        jax_dpa.DIALECT,
+        *onnx_attention.DIALECTS,
+        *onnx_releases.DIALECTS,
+        keras3_mha.DIALECT,
+        keras3_gqa.DIALECT,
+        keras2_mha.DIALECT,
+    )
 }
 """Every dialect by its full name; its alias names it, too."""
 

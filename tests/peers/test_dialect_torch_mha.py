@@ -17,14 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optional import require
-from peers.torch_dialect import (
-    array,
-    assert_same,
-    gradients,
-    ours_or_error,
-    tensor,
-    theirs_or_error,
-)
+from peers.sameness import assert_same, ours_or_error
+from peers.torch_dialect import array, gradients, tensor, theirs_or_error
 from refattn.dialects.torch_mha import multi_head_attention_forward
 from refattn.dialects.torch_mha_backward import multi_head_attention_backward
 from refattn.dialects.torch_mha_call import ARRAYS, MASKS, Call

@@ -13,15 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optional import require
-from peers.torch_dialect import (
-    TOLERANCE,
-    array,
-    assert_same,
-    gradients,
-    ours_or_error,
-    tensor,
-    theirs_or_error,
-)
+from peers.sameness import TOLERANCE, assert_same, ours_or_error
+from peers.torch_dialect import array, gradients, tensor, theirs_or_error
 from refattn.arrays import numpy_dtype
 from refattn.dialects.torch_sdpa import (
     DIALECT,

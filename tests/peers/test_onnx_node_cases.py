@@ -1,27 +1,20 @@
-"""Every Attention and RotaryEmbedding node case of ONNX, run on the reference.
+"""Every Attention node case of ONNX, run on the dialects, and every RotaryEmbedding case.
 
 Since onnx 1.23 the cases are built in memory, by its reference evaluator. All of them are run, in
-the dtype of the case, and none is an exception: what the attributes leave unsaid is named in
-`onnx_attention.CONVENTIONS`. Where the evaluator contradicts its own operator, no case looks:
-see test_onnx_evaluator.
+the dtype of the case and by the dialect of its operator set, and none is an exception. Where the
+evaluator contradicts its own operator, no case looks: see test_onnx_evaluator.
 """
 
 from __future__ import annotations
-
-import warnings
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from optional import require
 from peers import onnx_attention
+from peers.onnx_cases import CASES, COUNTS, Case
 
 onnx = require("onnx")
-require("onnx.backend.test.case.node")
-
-COUNTS = {"Attention": 93, "RotaryEmbedding": 8}
-"""Single-node cases of onnx 1.23 by operator; each has a function-expanded twin, left out."""
 
 OWN_TOLERANCE = {"float32": 2e-6, "float16": 2**-10, "bfloat16": 2**-6}
 """Relative difference allowed beside ONNX's own: 2 roundings of the 16-bit formats, 16 of float32.
@@ -30,47 +23,9 @@ The expected values are themselves computed in the dtype of the case, stage by s
 """
 
 
-class Case(NamedTuple):
-    """One node with its inputs by name, its expected outputs, and ONNX's own tolerance."""
-
-    name: str
-    op: str
-    attributes: dict[str, Any]
-    inputs: dict[str, np.ndarray]
-    expected: dict[str, np.ndarray]
-    rtol: float
-    atol: float
-
-
-def _cases() -> list[Case]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # cases of other operators overflow on purpose
-        collected = onnx.backend.test.case.node.collect_testcases(None)
-    single = [c for c in collected if len(c.model.graph.node) == 1 and "expanded" not in c.name]
-    return [_case(c) for c in single if c.model.graph.node[0].op_type in COUNTS]
-
-
-def _case(collected: Any) -> Case:
-    (node,), ((values, expected),) = collected.model.graph.node, collected.data_sets
-    named = zip(onnx_attention.OUTPUTS[node.op_type], node.output, strict=False)
-    present = [ours for ours, given in named if given]
-    return Case(
-        collected.name,
-        node.op_type,
-        {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute},
-        onnx_attention.node_inputs(node, values),
-        dict(zip(present, expected, strict=True)),
-        collected.rtol,
-        collected.atol,
-    )
-
-
-CASES = _cases()
-
-
 def _run(case: Case, **conventions: str) -> dict[str, np.ndarray]:
     if case.op == "Attention":
-        return onnx_attention.run_attention(case.inputs, case.attributes, **conventions)
+        return onnx_attention.run_attention(case.inputs, case.attributes, case.opset, **conventions)
     return {"output": onnx_attention.run_rotary(case.inputs, case.attributes)}
 
 
