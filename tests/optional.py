@@ -24,8 +24,28 @@ def _no_ptxas() -> str:
     return str(importlib.import_module("refattn_gpu.ptx").no_ptxas())
 
 
-PRESENCE = {"cuda": _no_cuda, "cupy": _no_cupy, "ptxas": _no_ptxas}
-"""Names that ask for more than a package: a device for Numba, one for CuPy, NVIDIA's assembler.
+def _no_nvrtc() -> str:
+    return str(importlib.import_module("refattn_gpu.cuda.build").no_nvrtc())
+
+
+def _no_nvdisasm() -> str:
+    return str(importlib.import_module("refattn_gpu.cuda.costs").no_nvdisasm())
+
+
+def _no_gxx() -> str:
+    return str(importlib.import_module("refattn_gpu.cuda.emulate").no_gxx())
+
+
+PRESENCE = {
+    "cuda": _no_cuda,
+    "cupy": _no_cupy,
+    "ptxas": _no_ptxas,
+    "nvrtc": _no_nvrtc,
+    "nvdisasm": _no_nvdisasm,
+    "gxx": _no_gxx,
+}
+"""Names that ask for more than a package: a device for Numba, one for CuPy; NVIDIA's assembler,
+run-time compiler and disassembler; a C++ compiler.
 
 Each tells why it is absent; an empty string if it is there.
 """
