@@ -14,7 +14,7 @@ from optional import require_device
 from refattn.backends import BackendAbsent, Unsupported
 from refattn.checks import DtypeError, OptionError, ShapeError
 from refattn_gpu import cuda
-from refattn_gpu.cuda import emulate
+from refattn_gpu.cuda import emulate, machine
 from refattn_gpu.cuda.attention import emulated, result_of
 from refattn_gpu.cuda.catalogue import FORMATS, SMALL, Tile, variant_of, variants
 from refattn_gpu.cuda.problem import address, aligned, problem_of
@@ -237,7 +237,35 @@ def test_bad_arguments_are_refused_as_by_the_reference() -> None:
         cuda.attention(query, key, value, no_such=1)
 
 
-def test_without_a_compiler_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_device_and_a_compiler_both_remedies_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "absent_device", lambda: "cupy is not installed: pip install it")
     monkeypatch.setattr(emulate, "no_gxx", lambda: "g++ was not found: install a C++ compiler")
-    with pytest.raises(BackendAbsent, match=r"on arrays of numpy: g\+\+ was not found: install"):
+    with pytest.raises(BackendAbsent, match=r"here: cupy is not .* emulate one, g\+\+ was"):
         cuda.attention(*problem())
+
+
+def test_a_job_may_be_moved_to_copies_of_its_arrays() -> None:
+    query, key, value = problem(d=16)
+    options: Any = {"slopes": np.float16([0.5, 0.25]), "mask": np.ones((37, 53), bool)[:, ::-1]}
+    arrays = [query, key[:, :, ::-1], value]
+    here = run(arrays, SMALL, **options)
+    there = problem_of("test", *arrays, options)
+    hosts = [*there.arrays, there.output, there.logsumexp]
+    copies = [aligned_copy(machine.raw_bytes(host)) for host in hosts]
+    job = machine.relocated(there.job, hosts, [address(copy) for copy in copies])
+    moved = there._replace(job=job, arrays=copies[:-2])
+    for host in hosts[:-2]:
+        machine.raw_bytes(host)[:] = 0xFF
+    emulated(moved, SMALL)
+    for host, copy in zip(hosts[-2:], copies[-2:], strict=True):
+        machine.raw_bytes(host)[:] = copy
+    assert all(map(np.array_equal, here, result_of(there, *arrays[::2])))
+
+
+def aligned_copy(data: np.ndarray) -> np.ndarray:
+    room = np.zeros(data.size + 16, np.uint8)
+    copy = room[-address(room) % 16 :][: data.size]
+    copy[:] = data
+    return copy

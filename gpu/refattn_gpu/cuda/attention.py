@@ -42,10 +42,10 @@ def attention(
         Unsupported: what these kernels do not claim.
         BackendAbsent: nothing here runs a kernel.
     """
-    machine.require(query)
+    machine.require()
     problem = problem_of("cuda.attention", query, key, value, options)
     variant = variant_of(problem.dtype, problem.features, problem.terms)
-    if machine.on_device(query):
+    if machine.on_device(query) or not machine.absent_device():
         machine.launch(variant, problem, blocks_of(variant, problem))
     else:
         emulated(problem, variant.tile)

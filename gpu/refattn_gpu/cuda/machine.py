@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import tempfile
 from functools import cache
@@ -15,13 +16,14 @@ from refattn.backends import BackendAbsent
 from refattn_gpu import cupy_text
 from refattn_gpu.cuda import build, emulate
 from refattn_gpu.cuda.catalogue import Variant
-from refattn_gpu.cuda.problem import Problem
-from refattn_gpu.cuda.records import BYTES
+from refattn_gpu.cuda.problem import Problem, address
+from refattn_gpu.cuda.records import BYTES, Cells, Job, Rows
 
 OLDEST = (8, 0)
 """The first compute capability with cp.async and mma.m16n8k16."""
 
 
+@cache
 def absent_device() -> str:
     """Return why no device runs the kernels, in one sentence; an empty string if one does."""
     if why := cupy_text.absent() or build.no_nvrtc():
@@ -38,15 +40,14 @@ def absent() -> str:
     return f"{why}; and to emulate one, {instead}" if why and instead else ""
 
 
-def require(query: Array) -> None:
-    """Refuse a query where nothing runs the kernels on its library's arrays.
+def require() -> None:
+    """Refuse to go on where nothing runs the kernels.
 
     Raises:
         BackendAbsent: nothing does.
     """
-    why = absent_device() if on_device(query) else emulate.no_gxx()
-    if why:
-        raise BackendAbsent(f"no kernel runs here on arrays of {type(query).__module__}: {why}")
+    if why := absent():
+        raise BackendAbsent(f"no kernel in CUDA C++ runs here: {why}")
 
 
 def on_device(array: Array) -> bool:
@@ -67,11 +68,55 @@ def target() -> str:
 
 
 def launch(variant: Variant, problem: Problem, blocks: int) -> None:
-    """Run a kernel on the current device and stream."""
-    if blocks:
-        run = _function(variant, _cupy().cuda.Device().id)
-        record = np.frombuffer(bytes(problem.job), np.dtype(f"V{BYTES}")).reshape(())
-        run((blocks,), (variant.threads,), (record,), shared_mem=variant.shared_bytes)
+    """Run a kernel on the current device and stream; arrays of NumPy travel there and back."""
+    if not blocks:
+        return
+    if on_device(problem.output):
+        _start(variant, problem.job, blocks)
+        return
+    cupy, hosts = _cupy(), [*problem.arrays, problem.output, problem.logsumexp]
+    copies = [cupy.asarray(raw_bytes(host)) for host in hosts]
+    _start(variant, relocated(problem.job, hosts, [address(copy) for copy in copies]), blocks)
+    for host, copy in zip(hosts[-2:], copies[-2:], strict=True):
+        raw_bytes(host)[:] = cupy.asnumpy(copy)
+
+
+def raw_bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the memory that an array's numbers lie in, from the first to the last."""
+    low, high = np.lib.array_utils.byte_bounds(array) if array.size else (0, 0)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))
+
+
+def relocated(job: Job, hosts: list[np.ndarray[Any, Any]], there: list[int]) -> Job:
+    """Return a job that points to copies of arrays.
+
+    Args:
+        job: which points into the arrays.
+        hosts: the arrays.
+        there: where the copy of each one's `raw_bytes` begins.
+    """
+    spans = [np.lib.array_utils.byte_bounds(host) if host.size else (0, 0) for host in hosts]
+
+    def moved(pointer: int | None) -> int | None:
+        for (low, high), begin in zip(spans, there, strict=True):
+            if pointer is not None and low <= pointer < high:
+                return begin + pointer - low
+        return None  # of an array without numbers
+
+    copy = Job.from_buffer_copy(job)
+    for name, kind, *_ in Job._fields_:
+        field = getattr(copy, name)
+        if kind in (Rows, Cells):
+            field.data = moved(field.data)
+        elif kind is ctypes.c_void_p:
+            setattr(copy, name, moved(field))
+    return copy
+
+
+def _start(variant: Variant, job: Job, blocks: int) -> None:
+    run = _function(variant, _cupy().cuda.Device().id)
+    record = np.frombuffer(bytes(job), np.dtype(f"V{BYTES}")).reshape(())
+    run((blocks,), (variant.threads,), (record,), shared_mem=variant.shared_bytes)
 
 
 @cache
