@@ -151,7 +151,7 @@ print(len(store.kept("big", lambda: sys.argv[1].encode() * 2**20)))
 
 
 def test_processes_that_compile_at_once_leave_one_whole_file(tmp_path: Path) -> None:
-    environment = {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    environment = {"REFATTN_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", TWICE, letter], env=environment, stdout=subprocess.PIPE

@@ -19,9 +19,9 @@ SEAL = 32
 
 @cache
 def folder() -> Path:
-    """Return where compiled code is kept: the user's cache folder, or one of this process."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    place = (Path(base) if base else Path.home() / ".cache") / "refattn" / "cuda"
+    """Return where compiled code is kept: in REFATTN_CACHE_DIR or the user's cache, or anew."""
+    given = os.environ.get("REFATTN_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    place = (Path(given) if given else Path.home() / ".cache") / "refattn" / "cuda"
     with contextlib.suppress(OSError):
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(place, os.W_OK):

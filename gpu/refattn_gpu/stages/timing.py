@@ -1,8 +1,8 @@
 """Beside torch's attention and standard attention: one process, turn by turn, medians and spread.
 
 All subjects launch on the default stream and are timed there by events, several calls in a row, so
-that the device never waits for Python. flash and cuDNN take no float32; they are timed in float16,
-which is another problem, and their rows say so.
+that the device never waits for Python. Tensor cores, flash and cuDNN take no float32; they are
+timed in float16, which is another problem, and their rows say so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refattn_gpu import numba_cuda
+from refattn_gpu import cuda, numba_cuda
+from refattn_gpu.cuda import machine
 from refattn_gpu.numba_cuda.attention import FORMS
 from refattn_gpu.stages.ground import Ground, Put, attempt, drawn
 from refattn_gpu.stages.machine import clocks
@@ -150,6 +151,11 @@ def _able(subjects: Iterator[Subject]) -> tuple[list[Subject], dict[str, str]]:
 
 def _subjects(on: Ground, arrays: list[Any], causal: bool) -> Iterator[Subject]:
     query, key, value = arrays
+    if not machine.absent():
+        halves = [array.astype("float16") for array in arrays]
+        yield Subject(
+            "refattn cuda-cpp", "float16", lambda: cuda.attention(*halves, causal=causal).output
+        )
     for form in FORMS:
 
         def ours(form: str = form) -> Any:
