@@ -272,3 +272,22 @@ def test_processes_that_start_at_once_share_one_cache(tmp_path):
     assert [run.returncode for run in runs] == [0, 0, 0]
     again = subprocess.run([*command, "float64"], env=given, capture_output=True, text=True)
     assert again.stdout.split() == ["2"], (outputs, again.stderr)  # one file a format, none twice
+
+
+@pytest.mark.clause("VAS-EQ1", "FA1-ALG1", "OWN-SINK1", "OWN-LSE1")
+@pytest.mark.parametrize("n_q", [1, 70])
+@pytest.mark.parametrize("sinks", [None, [3.0, -np.inf]])
+def test_logits_far_beyond_the_precision_of_powers_of_two_have_weights(n_q, sinks):
+    # whole multiples of a large number: products and sums are exact in float32
+    whole = np.random.default_rng(n_q).integers
+    query, key = (
+        whole(-9, 10, (1, 2, n, 4)).astype(np.float32) * np.float32(2.0**22) for n in (n_q, 301)
+    )
+    value = drawn(1, 2, 301, 3).astype(np.float32)
+    options = {"scale": 0.3} | ({} if sinks is None else {"sinks": np.float32(sinks)})
+    found = cpu.attention(query, key, value, **options)
+    wide = [array.astype(np.float64) for array in (query, key, value)]
+    exact = refattn.attention(*wide, **{k: np.float64(v) for k, v in options.items()})
+    assert np.abs(exact.logsumexp).min() > 2.0**36
+    np.testing.assert_allclose(found.output, exact.output, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.logsumexp, exact.logsumexp, rtol=1e-6)

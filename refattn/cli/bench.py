@@ -139,7 +139,8 @@ def _print_end(data: dict[str, Any]) -> None:
         print()
         head = ("shape", "mask", "fastest peer", "time/ours", "spread", "turns")
         print_table(head, [_summary(row) for row in data["fastest"]])
-    print(f"in the whole run, {data['elapsed']:.0f} s: {_speeds(data)}")
+    where = f"{data['processor']}, {data['threads']} threads"
+    print(f"in the whole run, {data['elapsed']:.0f} s on {where}: {_speeds(data)}")
     if data["memory"]:
         print("extra MiB: growth of a fresh process at the peak of a first call, less its result")
     if not data["complete"]:

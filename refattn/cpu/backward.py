@@ -21,7 +21,7 @@ from refattn.cpu.gradients import add_d_bias, read_gradients
 from refattn.cpu.host import VECTORS
 from refattn.cpu.logits import adjust, bar_masked, bar_outside, drop, steps_ahead
 from refattn.cpu.online import add_weighted_columns, add_weighted_rows, finite_rows
-from refattn.cpu.plan import MORE, Plan, entry, head_read, head_reading, read_job
+from refattn.cpu.plan import MORE, Plan, entry, head_read, head_reading, read_job, to_powers
 from refattn.cpu.products import ADD, ROW_STEP, multiply, up
 from refattn.cpu.simd import (
     advance,
@@ -192,7 +192,7 @@ def differentiate_tile(
     if plan.keep.address != 0:
         drop(zero, plan, numbers, b, h, i, rows, j, n, dP, vectors, False)
     # lines 13 and 17
-    factor = numbers.log2_e if terms else numbers.scale_log2_e
+    factor = to_powers(plan, numbers)
     differentiate(zero, plan, numbers, S, dP, bend, n, queries, factor)
     if terms:
         keep_added(zero, plan, grads, b, h, i, rows, first, split, j, n, bend, added, queries)

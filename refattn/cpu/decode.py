@@ -19,7 +19,7 @@ from refattn.cpu.elementary import exp2
 from refattn.cpu.flags import ALL, NONE, SOME
 from refattn.cpu.merging import leave_part, merge_head
 from refattn.cpu.online import add_weighted_columns, finite_rows, largest
-from refattn.cpu.plan import MORE, Plan, entry, head_reading, read_job
+from refattn.cpu.plan import MORE, Plan, entry, head_reading, read_job, to_powers
 from refattn.cpu.products import up
 from refattn.cpu.rowlogits import adjust_row, bar_row, group_census
 from refattn.cpu.rowscores import lay_row, rows_times_keys, rows_together
@@ -28,12 +28,13 @@ from refattn.cpu.simd import (
     add,
     advance,
     claim,
-    fma,
     lane_count,
     load,
+    mul,
     pointer,
     splat,
     store,
+    sub,
     sum_lanes,
 )
 
@@ -147,25 +148,24 @@ def score_part(zero, plan, b, g, low, high, rows, room):
 
 @njit(error_model="numpy")
 def weigh_row(zero, numbers, P, n, factor):
-    """Turn n logits into weights, and return their maximum in powers of two and their sum.
+    """Turn n logits into weights, and return the logits' maximum and the sum of the weights.
 
     Spec: FA1-ALG1 line 10.
 
-        m = factor · max S;  P̃ = 2^(factor · S - m);  ℓ = Σ P̃
+        m = max S;  P̃ = 2^(factor · (S - m));  ℓ = Σ P̃
     """
     lanes = lane_count(zero)
     whole = up(n, lanes)
     for j in range(n, whole):
         P[j] = -numbers.infinity
     store(P, whole, largest(P, 0, whole // lanes, lanes, splat(-numbers.infinity)))
-    m_tilde = -numbers.infinity
+    m = -numbers.infinity
     for j in range(whole, whole + lanes):
-        m_tilde = max(m_tilde, P[j])
-    m = m_tilde * factor
-    c, shift = splat(factor), splat(-m if m > -numbers.infinity else zero)
+        m = max(m, P[j])
+    c, shift = splat(factor), splat(m if m > -numbers.infinity else zero)
     total = splat(zero)
     for j in range(0, whole, lanes):
-        P_tilde = exp2(fma(load(P, j), c, shift))
+        P_tilde = exp2(mul(sub(load(P, j), shift), c))
         store(P, j, P_tilde)
         total = add(total, P_tilde)
     return m, sum_lanes(total)
@@ -196,7 +196,7 @@ def weigh_part(
         row_step: elements from one row's results to the next.
     """
     n, d = high - low, up(plan.d_v, lane_count(zero))
-    factor = numbers.log2_e if plan.terms else numbers.scale_log2_e
+    factor = to_powers(plan, numbers)
     for r in range(plan.heads // plan.key_heads * valid):
         h, i = head_reading(plan, g, r // valid), r % valid
         P = advance(room.P, r * (PART + lane_count(zero)))

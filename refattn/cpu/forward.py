@@ -18,7 +18,7 @@ from refattn.cpu.host import VECTORS
 from refattn.cpu.logits import adjust, bar_masked, bar_outside, drop
 from refattn.cpu.online import add_weighted_rows, finite_rows, scale_panel, softmax_tile
 from refattn.cpu.panel import begin_panel, end_panel, leave_empty, panel_at
-from refattn.cpu.plan import Plan, head_read, read_job
+from refattn.cpu.plan import Plan, head_read, read_job, to_powers
 from refattn.cpu.products import ROW_STEP, SCALE, multiply, up
 from refattn.cpu.simd import (
     advance,
@@ -87,8 +87,7 @@ def attend_tile(
     if not inside:
         bar_outside(zero, plan, numbers, first, rows, j, n, n_k, S, vectors)
     # lines 10-11
-    factor = numbers.log2_e if terms else numbers.scale_log2_e
-    softmax_tile(zero, numbers, S, n, panel, factor)
+    softmax_tile(zero, numbers, S, n, panel, to_powers(plan, numbers))
     # line 12, the division by l left to the end
     d_v, alpha = plan.d_v, panel.alpha
     allowed = reads or (inside and seen == ALL and plan.bias.address == 0)
@@ -139,7 +138,7 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
         i = q0 + p * width
         rows = min(width, valid - i)
         panel = panel_at(zero, plan, panels, p, panel_size, S, added, rows)
-        begin_panel(zero, plan, numbers, b, h, i, rows, sinks[h], panel, buffer)
+        begin_panel(zero, plan, numbers, b, h, i, rows, panel, buffer)
         bounds = reach(plan, i + offset, rows, n_k)
         low, high = min(low, bounds[0]), max(high, bounds[1])
     if plan.reads:
@@ -181,7 +180,7 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
         i = q0 + p * width
         rows = min(width, valid - i)
         panel = panel_at(zero, plan, panels, p, panel_size, S, added, rows)
-        end_panel(zero, plan, b, h, i, rows, panel)
+        end_panel(zero, plan, numbers, b, h, i, rows, sinks[h], panel)
 
 
 @kernel

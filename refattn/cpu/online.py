@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from refattn.cpu.elementary import exp2, ones
+from refattn.cpu.elementary import exp2, extreme, ones
 from refattn.cpu.simd import (
     add,
     div,
@@ -28,7 +28,7 @@ def softmax_tile(zero, numbers, S, n, panel, factor):
 
     Spec: FA1-ALG1 lines 10-11.
 
-        m_new = max(m, m̃);  P̃ = 2^(factor · S - m_new);  ℓ_new = α ℓ + Σ P̃;  α = 2^(m - m_new)
+        m_new = max(m, m̃);  P̃ = 2^(c · (S - m_new));  ℓ_new = α ℓ + Σ P̃;  α = 2^(c · (m - m_new))
 
     Args:
         zero: a number of the computing format.
@@ -36,37 +36,56 @@ def softmax_tile(zero, numbers, S, n, panel, factor):
         S: (n, vectors · lanes), by pointer, becomes P̃.
         n: keys of the tile.
         panel: of the queries, whose m, l and alpha are written.
-        factor: from S to powers of two, positive.
+        factor: c, from S to powers of two, positive.
     """
     m, l, alpha, vectors = panel.m, panel.l, panel.alpha, panel.vectors
     lanes = lane_count(zero)
     row = vectors * lanes
-    c, lowest = splat(factor), splat(-numbers.infinity)
+    c, lowest, nothing = splat(factor), splat(-numbers.infinity), splat(zero)
     for v in range(vectors):
         at = v * lanes
         # line 10
         m_tilde = largest(S, at, n, row, lowest)
         m_old = load(m, at)
-        m_new = maximum(mul(m_tilde, c), m_old)
+        m_new = maximum(m_tilde, m_old)
         # a row that has seen no allowed key yet is shifted by nothing: -∞ - (-∞) is no number
-        shift = where_less(lowest, m_new, m_new, splat(zero))
-        negative, P_sum = sub(splat(zero), shift), splat(zero)
+        shift, taken = where_less(lowest, m_new, m_new, nothing), nothing
+        if some_beyond(mul(shift, c), extreme(c)):
+            take_off(S, at, n, row, shift)
+            taken = shift
+        top = mul(sub(shift, taken), c)
+        negative, P_sum = sub(nothing, top), nothing
         for y in range(n):
             P_tilde = exp2(fma(load(S, at + y * row), c, negative))
             store(S, at + y * row, P_tilde)
             P_sum = add(P_sum, P_tilde)
         # line 11
-        a = exp2(sub(m_old, shift))
+        a = exp2(sub(mul(sub(m_old, taken), c), top))
         store(l, at, fma(load(l, at), a, P_sum))
         store(m, at, m_new)
         store(alpha, at, a)
 
 
 @njit(error_model="numpy")
+def some_beyond(x, limit):
+    """Return whether |x| is larger than a limit in some lane."""
+    nothing = sub(x, x)
+    size = maximum(x, sub(nothing, x))
+    return sum_lanes(where_less(limit, size, ones(x), nothing)) != 0
+
+
+@njit(error_model="numpy")
+def take_off(S, at, n, row, shift):
+    """Subtract the maximum before the scale: c · m, rounded, would be far from c · S there."""
+    for y in range(n):
+        store(S, at + y * row, sub(load(S, at + y * row), shift))
+
+
+@njit(error_model="numpy")
 def largest(S, at, n, row, lowest):
     """Return the maximum of n vectors that lie `row` elements apart, by four chains.
 
-    A maximum waits for the one before it. NaN is dropped: it is `maximum`'s second choice.
+    A maximum waits for the one before it. NaN is dropped: `maximum` keeps its second argument's.
     """
     m_0 = m_1 = m_2 = m_3 = lowest
     y = 0

@@ -11,20 +11,23 @@ from typing import Any, NamedTuple
 from numba import njit
 
 from refattn.cpu.copying import copy_transposed, fill, item_size, turn
-from refattn.cpu.elementary import ones, smallest
+from refattn.cpu.elementary import exp2, ones, smallest
 from refattn.cpu.host import VECTORS
+from refattn.cpu.plan import to_powers
 from refattn.cpu.products import ROW_STEP, up
 from refattn.cpu.simd import (
     add,
     advance,
-    convert,
     div,
+    fma,
     lane_count,
     load,
+    maximum,
     mul,
     pointer,
     splat,
     store,
+    sub,
     where_equal,
     where_less,
 )
@@ -38,7 +41,7 @@ class Panel(NamedTuple):
     O: Any
     """Oᵀ, (d_v, w), not yet divided by l."""
     m: Any
-    """Row maxima, (w,), in powers of two; -∞ before any key."""
+    """Row maxima, (w,), of S; -∞ before any key. At the end in powers of two, with the sink."""
     l: Any
     """Row sums, (w,)."""
     alpha: Any
@@ -66,10 +69,10 @@ def panel_at(zero, plan, panels, p, size, S, added, rows):
 
 
 @njit(error_model="numpy")
-def begin_panel(zero, plan, numbers, b, h, i, rows, sink, panel, buffer):
-    """Load a panel of queries and set its statistics to those of no key, or of the sink alone.
+def begin_panel(zero, plan, numbers, b, h, i, rows, panel, buffer):
+    """Load a panel of queries and set its statistics to those of no key.
 
-    Spec: FA1-ALG1 lines 2 and 8, OWN-SINK1.
+    Spec: FA1-ALG1 lines 2 and 8.
     """
     width, q = panel.vectors * lane_count(zero), plan.query
     size = item_size(zero, plan.storage)
@@ -81,28 +84,37 @@ def begin_panel(zero, plan, numbers, b, h, i, rows, sink, panel, buffer):
         for x in range(plan.d_k * width):
             panel.Q[x] = -panel.Q[x]
     fill(zero, panel.O, width, up(plan.d_v, ROW_STEP), width)
-    sunk = plan.sinks != 0 and sink > -numbers.infinity
-    fill(sink * numbers.log2_e if sunk else -numbers.infinity, panel.m, width, 1, width)
-    fill(convert(1, zero) if sunk else zero, panel.l, width, 1, width)
+    fill(-numbers.infinity, panel.m, width, 1, width)
+    fill(zero, panel.l, width, 1, width)
     fill(zero, panel.read, width, 1, width)
 
 
 @njit(error_model="numpy")
-def end_panel(zero, plan, b, h, i, rows, panel):
+def end_panel(zero, plan, numbers, b, h, i, rows, sink, panel):
     """Divide by the row sums and write output and logsumexp; an empty row is 0 and -∞.
 
-    Spec: FA1-ALG1 lines 12-13, OWN-LSE1, OWN-EMPTY1.
+    Spec: FA1-ALG1 lines 12-13, OWN-SINK1, OWN-LSE1, OWN-EMPTY1.
     """
     O, m, l, vectors = panel.O, panel.m, panel.l, panel.vectors
     lanes = lane_count(zero)
     width = vectors * lanes
+    c, s = splat(to_powers(plan, numbers)), splat(sink * numbers.log2_e)
+    sunk = plan.sinks != 0 and sink > -numbers.infinity
     for v in range(vectors):
-        total = load(l, v * lanes)
+        top, total = mul(load(m, v * lanes), c), load(l, v * lanes)
+        weight = ones(total)
+        if sunk:
+            high = maximum(s, top)
+            weight = exp2(sub(top, high))
+            total = fma(total, weight, exp2(sub(s, high)))
+            top = high
+        store(m, v * lanes, top)
+        store(l, v * lanes, total)
         if plan.reads:  # but for an empty row, which reads nothing
             total = where_equal(total, splat(zero), total, add(total, load(panel.read, v * lanes)))
             store(l, v * lanes, total)
         divisor = where_less(total, smallest(total), ones(total), total)
-        share = div(ones(total), divisor)  # one slow division a vector, not one a feature
+        share = div(weight, divisor)  # one slow division a vector, not one a feature
         for x in range(plan.d_v):
             at = x * width + v * lanes
             store(O, at, mul(load(O, at), share))

@@ -231,6 +231,15 @@ def entry(job, place, like):
 
 
 @njit(error_model="numpy")
+def to_powers(plan, numbers):
+    """Return what a logit of the tiles is multiplied by to become a power of two; positive.
+
+    Where nothing is added to the logits, the scale waits for this product too.
+    """
+    return numbers.log2_e if plan.terms != 0 else numbers.scale_log2_e
+
+
+@njit(error_model="numpy")
 def head_read(plan, h):
     """Return the key-value head that a query head reads."""
     return _key_head(h, plan.heads, plan.key_heads, plan.tiled_heads)
