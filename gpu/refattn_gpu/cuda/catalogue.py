@@ -16,6 +16,10 @@ TARGETS = ("sm_80", "sm_90a")
 """A100 and H100."""
 
 
+ENTRIES = {"forward": "attention_forward", "instructions": "single_instructions"}
+"""The kernel in each source."""
+
+
 class Tile(NamedTuple):
     """How a block shares its work."""
 
@@ -47,6 +51,11 @@ class Variant(NamedTuple):
         """As in `budgets.toml`."""
         kind = "terms" if self.terms else "plain"
         return f"{self.kernel} {self.dtype} d{self.features} {kind}"
+
+    @property
+    def entry(self) -> str:
+        """The name of the function."""
+        return ENTRIES[self.kernel]
 
     @property
     def threads(self) -> int:

@@ -69,7 +69,7 @@ def compiled(variant: Variant, texts: Mapping[str, str] | None = None) -> bytes:
         raise BuildError(why)
     sources = sources_of(variant, HEADERS) | dict(texts or {})
     defines = [f"-D{name}={value}" for name, value in variant.defines().items()]
-    options = [*FLAGS, *defines, f'-DKERNEL_FILE="{variant.kernel}.cu"']
+    options = [*FLAGS, *defines, f'-DKERNEL_FILE="{variant.kernel}.cu"', f"-DENTRY={variant.entry}"]
     name = digest_of([_release(), *options, *(x for item in sources.items() for x in item)])
     return kept(f"{name}.so", lambda: _compile(variant, sources, options))
 

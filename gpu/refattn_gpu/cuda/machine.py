@@ -125,7 +125,7 @@ def _function(variant: Variant, device: int) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(build.build(variant, target()).code)
-        found = _cupy().RawModule(path=str(path)).get_function("attention_forward")
+        found = _cupy().RawModule(path=str(path)).get_function(variant.entry)
         found.max_dynamic_shared_size_bytes = variant.shared_bytes  # which loads it
     return found
 

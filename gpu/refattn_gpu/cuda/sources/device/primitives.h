@@ -78,6 +78,8 @@ DEVICE float widen(unsigned short number) {
 #endif
 }
 
+DEVICE unsigned bits_of(float x) { return __float_as_uint(x); }
+
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 // 2^x, to 2^-22 of its size; below 2^-126 it is 0.

@@ -136,6 +136,12 @@ DEVICE void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, uns
   machine::together("mma", mine, multiply);
 }
 
+DEVICE unsigned bits_of(float x) {
+  unsigned bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
 DEVICE float infinity() { return INFINITY; }
 
 DEVICE float ex2(float x) {
