@@ -1,4 +1,4 @@
-"""Certified vectors of attention in 16 bits, put to the emulated kernels in CUDA C++."""
+"""Certified vectors of attention, put to the emulated kernels in CUDA C++."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from refattn.judge import judge
 from refattn.vectors import core_pack
 from refattn.vectors.pack import Case, unbounded
 from refattn_gpu.cuda.attention import emulated, result_of
-from refattn_gpu.cuda.catalogue import FORMATS, Tile, variant_of
+from refattn_gpu.cuda.catalogue import FORMATS, Tile, most_features, variant_of
 from refattn_gpu.cuda.problem import problem_of
 from refattn_gpu.numba_cuda.problem import CLAIMED
 
@@ -30,12 +30,16 @@ def declined(case: Case) -> bool:
 
 RUN = [name for name, case in CASES.items() if not declined(case)]
 
-JUDGED = [
-    (name, dtype)
-    for name in RUN
-    for dtype in FORMATS
-    if dtype in CASES[name].dtypes and not unbounded(CASES[name], profile_of(dtype))
-]
+
+def fits(case: Case, dtype: str) -> bool:
+    """Return whether a format of a vector is claimed, and bounded."""
+    if dtype not in case.dtypes or unbounded(case, profile_of(dtype)):
+        return False
+    d = max(case.inputs[name].shape[-1] for name in ("query", "value"))
+    return d <= most_features(dtype)
+
+
+JUDGED = [(name, dtype) for name in RUN for dtype in FORMATS if fits(CASES[name], dtype)]
 """Vectors and formats in which a bound is claimed."""
 
 

@@ -41,6 +41,10 @@ NUMBERS = "output|logsumexp"
 """What is said of a fault that the bounds reject."""
 
 
+LAST = ((VECTORS[0], "float16", WIDE), (VECTORS[-1], "float32", SMALL))
+"""Tries for what only they reach."""
+
+
 class Fault(NamedTuple):
     """One line of a source, what stands in its place, and what is said of it."""
 
@@ -53,15 +57,38 @@ class Fault(NamedTuple):
 FAULTS = {
     # products
     "S takes a wrong step of features": Fault(
-        "tiles.h", "key, 2 * k + lane / 8 % 2", "key, k + lane / 8 % 2"
+        "products16.h", "key, 2 * k + lane / 8 % 2", "key, k + lane / 8 % 2"
     ),
-    "O takes a wrong step of keys": Fault("tiles.h", "(V_j, 16 * k", "(V_j, 8 * k"),
+    "O takes a wrong step of keys": Fault("products16.h", "(V_j, 16 * k", "(V_j, 8 * k"),
     "two registers of the weights change places": Fault(
-        "tiles.h", "a[t][1] = pack(P[t][2 * k][2]", "a[t][1] = pack(P[t][2 * k + 1][2]"
+        "products16.h", "a[t][1] = pack(P[t][2 * k][2]", "a[t][1] = pack(P[t][2 * k + 1][2]"
     ),
-    "V is not read transposed": Fault("tiles.h", "ldmatrix_x4_trans(b", "ldmatrix_x4(b"),
+    "V is not read transposed": Fault("products16.h", "ldmatrix_x4_trans(b", "ldmatrix_x4(b"),
     "the weights of two keys change places": Fault(
-        "tiles.h", "pack(P[t][2 * k][0], P[t][2 * k][1])", "pack(P[t][2 * k][1], P[t][2 * k][0])"
+        "products16.h",
+        "pack(P[t][2 * k][0], P[t][2 * k][1])",
+        "pack(P[t][2 * k][1], P[t][2 * k][0])",
+    ),
+    "a large part meets a large part only": Fault(
+        "products32.h", "  mma_m16n8k8(c, a.small, b.large[first], b.large[first + 1]);\n", ""
+    ),
+    "the keys of two weights change places": Fault(
+        "products32.h", "P[t][k][e / 2 + e % 2 * 2]", "P[t][k][e]"
+    ),
+    "the second key of a pair is the first": Fault(
+        "products32.h", "chunk_address(V_j, key + 1, chunk)", "chunk_address(V_j, key, chunk)"
+    ),
+    "an operand is not rounded to TF32": Fault(
+        "products32.h",
+        "to_tf32(x - float_of(parts.large[which]))",
+        "bits_of(x - float_of(parts.large[which]))",
+        "that is not TF32",
+    ),
+    "features of V change places": Fault(
+        "products32.h",
+        "2 * n + lane / 16, word = lane / 4 % 4 * 4",
+        "2 * n + lane / 4 % 2, word = lane / 8 * 4",
+        "output",
     ),
     # the permutation of chunks
     "chunks are written where they are not read": Fault(
@@ -113,10 +140,10 @@ FAULTS = {
         "tiles.h", "Q_BYTES + 2 * STAGE_BYTES", "Q_BYTES + STAGE_BYTES", "beyond the shared memory"
     ),
     "rows beyond the last are copied": Fault(
-        "tiles.h", "first + row < rows && 8", "8", "outside of every array|output"
+        "tiles.h", "first + row < rows && EACH", "EACH", "outside of every array|output"
     ),
     "features beyond the last are copied": Fault(
-        "tiles.h", "rows && 8 * chunk < d", "rows", "outside of every array|output"
+        "tiles.h", "rows && EACH * chunk < d", "rows", "outside of every array|output"
     ),
     "a copy that nobody waits for": Fault(
         "forward.cu",
@@ -170,7 +197,7 @@ def _faulty_code_stays_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def first_complaint(texts: dict[str, str]) -> str:
     """Return what is said of the kernels with other sources, "" if nothing is."""
     tries = [(name, "float16", SMALL) for name in VECTORS]
-    for name, dtype, tile in [*tries, (POISON, "bfloat16", SMALL), (VECTORS[0], "float16", WIDE)]:
+    for name, dtype, tile in [*tries, (POISON, "bfloat16", SMALL), *LAST]:
         try:
             outputs = forward(CASES[name], dtype, tile, texts=texts)
         except EmulationError as error:

@@ -10,8 +10,8 @@ from optional import require_device
 from refattn_gpu.cuda import emulate
 from refattn_gpu.cuda.catalogue import SMALL
 
-LEAST = 520
-"""Vectors that run, one in each of two formats counted twice."""
+LEAST = 791
+"""Vectors that run, one in each of three formats counted three times."""
 
 
 @pytest.fixture(autouse=True)

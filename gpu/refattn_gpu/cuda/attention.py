@@ -17,18 +17,19 @@ from refattn_gpu.cuda.problem import Problem, problem_of
 def attention(
     query: Array, key: Array, value: Array, **options: Unpack[AttentionOptions]
 ) -> AttentionResult:
-    """Return attention of 16-bit numbers, computed on tensor cores or in their emulation.
+    """Return attention, computed on tensor cores or in their emulation.
 
     Spec: FA1-ALG1, VAS-EQ1, VAS-S323b, ALIBI-S3a, OWN-SOFTCAP1, OWN-SINK1, OWN-EMPTY1, OWN-LSE1,
         OWN-ROUND1, OWN-POISON1, OWN-GQA1, OWN-LENGTH1. Differs: weights are rounded to query's
-        dtype before they meet V and are divided, as the profiles fp16 and bf16 permit.
+        dtype before they meet V and are divided, as the profiles fp16 and bf16 permit; a
+        product of float32 is three of TF32, to 2^-22 of its size.
 
         S = softcap(scale · Q Kᵀ) + alibi + bias;  O = softmax(S) V
 
     The same bits in every run, and for an item or a head whatever stands beside it.
 
     Args:
-        query: Q, (..., h, n_q, d_k), at most four axes, float16 or bfloat16; of CuPy on a device.
+        query: Q, (..., h, n_q, d_k), at most four axes, float16, bfloat16 or float32.
         key: K, (..., h_k, n_k, d_k); h is a multiple of h_k.
         value: V, (..., h_k, n_k, d_v). Rows that do not begin at multiples of 16 bytes are copied.
         **options: see `refattn.options.AttentionOptions`.

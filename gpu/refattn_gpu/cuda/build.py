@@ -21,7 +21,7 @@ from refattn_gpu.ptx import Usage, usage_of
 REMEDY = 'pip install "cuda-bindings>=13" nvidia-cuda-nvrtc (or "refattn[cuda13]")'
 """What brings the compiler."""
 
-HEADERS = ("job.h", "cells.h", "tiles.h", "device/primitives.h")
+HEADERS = ("job.h", "cells.h", "tiles.h", "products16.h", "products32.h", "device/primitives.h")
 """What a kernel includes; a header is included by its bare name."""
 
 SERIAL = re.compile(r"C75(?:08|10|14)")

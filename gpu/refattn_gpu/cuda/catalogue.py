@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from refattn_gpu.cuda.records import BYTES
 
-FORMATS = ("float16", "bfloat16")
+FORMATS = ("float16", "bfloat16", "float32")
 """Formats of query, key and value; sums are float32."""
 
 FEATURES = (32, 64, 128, 256)
@@ -65,7 +65,7 @@ class Variant(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Of a block: Q_i, and two stages of K_j and V_j."""
-        return 2 * self.features * (self.tile.rows + 4 * self.tile.cols)
+        return itemsize(self.dtype) * self.features * (self.tile.rows + 4 * self.tile.cols)
 
     def defines(self) -> dict[str, int]:
         """Return what the compiler is told."""
@@ -79,6 +79,7 @@ class Variant(NamedTuple):
             "Q_IN_REGISTERS": int(q_in_registers),
             "TERMS": int(self.terms),
             "BFLOAT16": int(self.dtype == "bfloat16"),
+            "FLOAT32": int(self.dtype == "float32"),
             "JOB_BYTES": BYTES,
         }
 
@@ -100,8 +101,20 @@ TERMS = {
 }
 """The same where logits are made of more: what they are made of takes registers too."""
 
+FLOAT32 = {
+    32: Tile(128, 64, 4, 2, False),
+    64: Tile(128, 64, 8, 1, False),
+    128: Tile(128, 32, 8, 1, False),
+}
+"""The same for float32, with and without terms; the parts of 256 features do not fit registers."""
+
 SMALL = Tile(32, 16, 2, 1, True)
 """A tile for the emulation: two warps, and many tiles of a short sequence."""
+
+
+def itemsize(dtype: str) -> int:
+    """Return the bytes of a number."""
+    return 4 if dtype == "float32" else 2
 
 
 def features_for(d: int) -> int:
@@ -115,9 +128,21 @@ def variant_of(dtype: str, d: int, terms: bool) -> Variant:
     It depends on nothing else: not on the batch, nor on the number of rows.
     """
     features = features_for(d)
-    return Variant("forward", dtype, features, terms, (TERMS if terms else PLAIN)[features])
+    tiles = FLOAT32 if dtype == "float32" else TERMS if terms else PLAIN
+    return Variant("forward", dtype, features, terms, tiles[features])
+
+
+def most_features(dtype: str) -> int:
+    """Return the features of the largest head that a format has a variant for."""
+    return max(FLOAT32) if dtype == "float32" else FEATURES[-1]
 
 
 def variants() -> list[Variant]:
     """Return every variant that a device may be given."""
-    return [variant_of(x, d, terms) for x in FORMATS for d in FEATURES for terms in (False, True)]
+    return [
+        variant_of(dtype, d, terms)
+        for dtype in FORMATS
+        for d in FEATURES
+        if d <= most_features(dtype)
+        for terms in (False, True)
+    ]

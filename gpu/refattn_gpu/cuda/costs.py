@@ -79,9 +79,10 @@ def disassembly(code: bytes) -> str:
 
 
 def products(variant: Variant) -> int:
-    """Return how many mma.m16n8k16 a warp makes for a tile of keys: S = Q Kᵀ and O += P V."""
+    """Return how many mma a warp makes for a tile of keys, for S = Q Kᵀ and for O += P V."""
     rows, cols, warps, *_ = variant.tile
-    return 2 * (rows // warps // 16) * (cols // 8) * (variant.features // 16)
+    steps = variant.features // 16 if variant.dtype != "float32" else 3 * (variant.features // 8)
+    return 2 * (rows // warps // 16) * (cols // 8) * steps
 
 
 def main(words: list[str] | None = None) -> int:

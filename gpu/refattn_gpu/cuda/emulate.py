@@ -28,6 +28,8 @@ HEADERS = (
     "job.h",
     "cells.h",
     "tiles.h",
+    "products16.h",
+    "products32.h",
     "emulated/primitives.h",
     "emulated/machine.h",
     "emulated/launch.cpp",

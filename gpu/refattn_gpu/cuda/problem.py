@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from refattn import rules
-from refattn.arrays import NARROW, Array, array_namespace, dtype_name
+from refattn.arrays import Array, array_namespace, dtype_name
 from refattn.backends import Unsupported
 from refattn.options import AttentionOptions, check_arguments
 from refattn.tiles import default_scale
-from refattn_gpu.cuda.catalogue import FEATURES
+from refattn_gpu.cuda.catalogue import FORMATS, most_features
 from refattn_gpu.cuda.records import Cells, Job, Rows
 from refattn_gpu.numba_cuda.problem import CLAIMED, band_of
 
-CHUNK = 8
-"""Numbers that are copied at once: rows begin, and features end, at multiples."""
+CHUNK = 16
+"""Bytes that are copied at once: rows begin, and features end, at multiples."""
 
 PLAIN_SCALES = (2.0**-60, 2.0**60)
 """Scales that a kernel without terms may take: logits are compared before they are scaled."""
@@ -60,7 +60,7 @@ def problem_of(
         setattr(job, name, Rows(address(laid), *_strides(laid)[:3]))
         shapes[name] = laid.shape
     (b, h, n_q, d_k), (_, h_k, n_k, d_v) = shapes["query"], shapes["value"]
-    output = xp.zeros((b, h, n_q, d_v), dtype=xp.uint16)
+    output = xp.zeros((b, h, n_q, d_v), dtype=arrays[0].dtype)
     logsumexp = xp.empty((b, h, n_q), dtype=xp.float32)
     job.output, job.logsumexp = address(output), address(logsumexp)
     for name, size in zip(
@@ -79,9 +79,9 @@ def problem_of(
 def _check_claimed(function: str, query: Array, options: dict[str, Any], d: int) -> None:
     """Refuse what the reference takes and these kernels do not."""
     name = dtype_name(query)
-    if name not in NARROW:
+    if name not in FORMATS:
         raise Unsupported(
-            f"query has dtype {name}, but the CUDA kernels support {' and '.join(NARROW)} "
+            f"query has dtype {name}, but the CUDA kernels support {', '.join(FORMATS)} "
             f"[{function}]"
         )
     for option, claimed in CLAIMED.items():
@@ -94,33 +94,35 @@ def _check_claimed(function: str, query: Array, options: dict[str, Any], d: int)
         raise Unsupported(
             f"query has {query.ndim} axes, but the CUDA kernels support at most 4 [{function}]"
         )
-    if d > FEATURES[-1]:
+    if d > most_features(name):
         raise Unsupported(
-            f"a head has {d} features, but the CUDA kernels support at most {FEATURES[-1]} "
-            f"[{function}]"
+            f"a head has {d} features, but the CUDA kernels support at most "
+            f"{most_features(name)} in {name} [{function}]"
         )
 
 
 def _four_axes(array: Array, xp: Any) -> Array:
-    """Return an array of four axes, the leading ones of size 1; 16-bit numbers as bits."""
-    bits = array if array.dtype.kind == "b" else array.view(xp.uint16)
+    """Return an array of four axes, the leading ones of size 1; numbers as bits."""
+    kinds = {1: array.dtype, 2: xp.uint16, 4: xp.uint32}
+    bits = array.view(kinds[array.dtype.itemsize])
     return xp.reshape(bits, (1,) * (4 - array.ndim) + tuple(array.shape))
 
 
 def aligned(array: Array, xp: Any) -> Array:
     """Return rows of whole chunks, each at a multiple of 16 bytes: as they are, or as a copy."""
-    shape = (*array.shape[:3], -(-array.shape[3] // CHUNK) * CHUNK)
+    each = CHUNK // array.dtype.itemsize
+    shape = (*array.shape[:3], -(-array.shape[3] // each) * each)
     strides = _strides(array)
     if (
         shape == array.shape
         and strides[3] == 1
-        and not any(stride % CHUNK for stride in strides[:3])
-        and not address(array) % (2 * CHUNK)
+        and not any(stride % each for stride in strides[:3])
+        and not address(array) % CHUNK
     ):
         return array
     numbers = shape[0] * shape[1] * shape[2] * shape[3]
-    room = xp.zeros((numbers + CHUNK,), dtype=xp.uint16)
-    first = -address(room) % (2 * CHUNK) // 2
+    room = xp.zeros((numbers + each,), dtype=array.dtype)
+    first = -address(room) % CHUNK // array.dtype.itemsize
     copy = xp.reshape(room[first : first + numbers], shape)
     copy[..., : array.shape[3]] = array
     return copy

@@ -8,7 +8,7 @@ _i64, _int, _float, _pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_float, cty
 
 
 class Rows(ctypes.Structure):
-    """Rows of 16-bit numbers by (batch, head, row); strides in numbers."""
+    """Rows of numbers by (batch, head, row); strides in numbers."""
 
     _fields_ = [("data", _pointer), ("batch", _i64), ("head", _i64), ("row", _i64)]
 

@@ -45,7 +45,8 @@ def run(on: Ground, put: Put) -> None:
 def _subjects() -> Iterator[tuple[str, str, Call]]:
     """Yield every pass, as it is named, in the format of its operands."""
     if not machine.absent():
-        yield "forward cuda-cpp float16", "float16", _fast
+        for dtype in ("float16", "float32"):
+            yield f"forward cuda-cpp {dtype}", dtype, _fast
     for dtype in ("float32", "float64"):
         for form in FORMS:
             for name, call in _passes(form).items():

@@ -23,7 +23,7 @@ def main(form: str, simulated: bool) -> None:
     """Run every pass in every format, without options and with those that index."""
     n_q, n_k, d = SIMULATED if simulated else SIZES
     on = ground(simulated)
-    for dtype in ("float16",) if form == FAST else ("float32", "float64"):
+    for dtype in ("float16", "float32") if form == FAST else ("float32", "float64"):
         shapes = [(2, 4, n_q, d), (2, 2, n_k, d), (2, 2, n_k, d), (2, 4, n_q, d)]
         query, key, value, d_output, bias = drawn(on, dtype, *shapes, (1, 4, n_q, n_k))
         lengths = on.xp.asarray(np.asarray([n_k, n_k // 2]))

@@ -1,8 +1,8 @@
 """Beside torch's attention and standard attention: one process, turn by turn, medians and spread.
 
 All subjects launch on the default stream and are timed there by events, several calls in a row, so
-that the device never waits for Python. Tensor cores, flash and cuDNN take no float32; they are
-timed in float16, which is another problem, and their rows say so.
+that the device never waits for Python. flash and cuDNN take no float32; they are timed in float16,
+which is another problem, and their rows say so.
 """
 
 from __future__ import annotations
@@ -153,9 +153,12 @@ def _subjects(on: Ground, arrays: list[Any], causal: bool) -> Iterator[Subject]:
     query, key, value = arrays
     if not machine.absent():
         halves = [array.astype("float16") for array in arrays]
-        yield Subject(
-            "refattn cuda-cpp", "float16", lambda: cuda.attention(*halves, causal=causal).output
-        )
+        for dtype, operands in (("float16", halves), ("float32", arrays)):
+
+            def fast(operands: list[Any] = operands) -> Any:
+                return cuda.attention(*operands, causal=causal).output
+
+            yield Subject("refattn cuda-cpp", dtype, fast)
     for form in FORMS:
 
         def ours(form: str = form) -> Any:

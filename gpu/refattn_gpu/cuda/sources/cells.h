@@ -50,7 +50,7 @@ DEVICE i64 offset_of(const Cells& cells, const Place& at, int i, int j) {
 }
 
 DEVICE float bias_of(const Job& job, const Place& at, int i, int j) {
-  return widen(read((const u16*)job.bias.data + offset_of(job.bias, at, i, j)));
+  return widen(read((const Number*)job.bias.data + offset_of(job.bias, at, i, j)));
 }
 
 // Whether mask and bias allow a cell that row i sees (OWN-MASK1, OWN-BIAS1).

@@ -1,4 +1,4 @@
-// Algorithm 1 (FA1-ALG1) on tensor cores, for 16-bit numbers; line numbers are the listing's.
+// Algorithm 1 (FA1-ALG1) on tensor cores; line numbers are the listing's.
 //
 // A block owns a tile of ROWS queries and walks over tiles of COLS keys, as numba_cuda/rows.py does;
 // what it says about lines 5, 7, 8, 12 and 13 holds here. Three things are new:
@@ -11,8 +11,12 @@
 //    S is q · k and the unit scale·log₂e where a product needs nothing but the scale (TERMS is 0);
 //    where it needs more, S is the logit and the unit log₂e.
 //
-// ROWS, COLS, FEATURES, WARPS, BLOCKS, Q_IN_REGISTERS, TERMS and BFLOAT16 are given to the compiler.
-#include "tiles.h"
+// ROWS, COLS, FEATURES, WARPS, BLOCKS, Q_IN_REGISTERS, TERMS, BFLOAT16 and FLOAT32 are given to the compiler.
+#if FLOAT32
+#include "products32.h"
+#else
+#include "products16.h"
+#endif
 
 // A thread's rows of O_i, m_i and l_i.
 struct Lines {
@@ -126,9 +130,9 @@ DEVICE void drop(float (&P)[M_TILES][COLS / 8][4], const Job& job, const Place& 
 // no other row anything.
 DEVICE void row_again(
     const Job& job, const Place& at, int i, float shift, float inverse, float unit) {
-  const u16* q = job.query.data + at.b * job.query.batch + at.h * job.query.head + i * job.query.row;
-  const u16* K = job.key.data + at.b * job.key.batch + at.g * job.key.head;
-  const u16* V = job.value.data + at.b * job.value.batch + at.g * job.value.head;
+  const Number* q = job.query.data + at.b * job.query.batch + at.h * job.query.head + i * job.query.row;
+  const Number* K = job.key.data + at.b * job.key.batch + at.g * job.key.head;
+  const Number* V = job.value.data + at.b * job.value.batch + at.g * job.value.head;
   const Span seen = keys_of_row(job, at.b, i);
   float O[FEATURES / 32];
 #pragma unroll
@@ -151,10 +155,10 @@ DEVICE void row_again(
       if (32 * x + at.lane < job.d_v) O[x] += P * widen(read(V + j * job.value.row + 32 * x + at.lane));
     }
   }
-  u16* to = job.output + (((i64)at.b * job.heads + at.h) * job.n_q + i) * job.d_v;
+  Number* to = job.output + (((i64)at.b * job.heads + at.h) * job.n_q + i) * job.d_v;
 #pragma unroll
   for (int x = 0; x < FEATURES / 32; x++) {
-    if (32 * x + at.lane < job.d_v) to[32 * x + at.lane] = (u16)pack(O[x] * inverse, 0.0f);
+    if (32 * x + at.lane < job.d_v) to[32 * x + at.lane] = narrowed(O[x] * inverse);
   }
 }
 
@@ -180,12 +184,12 @@ DEVICE void finish(Lines& my, const Job& job, const Place& at, float unit) {
       }
       u32 again = ballot(i < job.n_q && odd != 0.0f);  // four lanes a row
       const bool sound = (again >> at.lane / 4 * 4 & 15) == 0;
-      u16* to = job.output + (head + i) * job.d_v;
+      Number* to = job.output + (head + i) * job.d_v;
 #pragma unroll
       for (int n = 0; n < FEATURES / 8; n++) {  // line 15
         const int feature = 8 * n + at.lane % 4 * 2;
         if (sound && i < job.n_q && feature < job.d_v) {
-          *(u32*)(to + feature) = pack(my.O[t][n][2 * half], my.O[t][n][2 * half + 1]);
+          store_pair(to + feature, my.O[t][n][2 * half], my.O[t][n][2 * half + 1]);
         }
       }
       if (i < job.n_q && at.lane % 4 == 0) {  // OWN-LSE1
@@ -205,9 +209,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 attention_forward(const __grid_constant__ Job job) {
   const Place at = place_of(job);  // lines 4 and 7
   const float unit = TERMS ? LOG2E : job.scale * LOG2E;
-  const u16* query = job.query.data + at.b * job.query.batch + at.h * job.query.head;
-  const u16* key = job.key.data + at.b * job.key.batch + at.g * job.key.head;
-  const u16* value = job.value.data + at.b * job.value.batch + at.g * job.value.head;
+  const Number* query = job.query.data + at.b * job.query.batch + at.h * job.query.head;
+  const Number* key = job.key.data + at.b * job.key.batch + at.g * job.key.head;
+  const Number* value = job.value.data + at.b * job.value.batch + at.g * job.value.head;
   const u32 Q_i = shared_memory(), stages = Q_i + Q_BYTES;
 
   // The keys that some row of the tile sees, and those that every row sees. Rows from n_q on are not
@@ -237,14 +241,14 @@ attention_forward(const __grid_constant__ Job job) {
   Lines my;
   begin(my, job, at);  // line 2
   const int row = at.warp * 16 * M_TILES;
-  u32 Q[Q_IN_REGISTERS ? M_TILES : 1][FEATURES / 16][4];
+  u32 Q[Q_IN_REGISTERS ? M_TILES : 1][STEPS][4];
   if (Q_IN_REGISTERS && some.from < some.to) {
     cp_async_wait<1>();  // the first stage may still be on its way
     barrier();
 #pragma unroll
     for (int t = 0; t < M_TILES; t++) {
 #pragma unroll
-      for (int k = 0; k < FEATURES / 16; k++) load_left(Q[t][k], Q_i, row + 16 * t, k, at.lane);
+      for (int k = 0; k < STEPS; k++) load_left(Q[t][k], Q_i, row + 16 * t, k, at.lane);
     }
   }
   int stage = 0;

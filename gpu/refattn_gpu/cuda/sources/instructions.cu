@@ -37,5 +37,12 @@ single_instructions(const __grid_constant__ Job job) {
   put(bits_of(shuffle_xor(c[0], 5)));
   put(bits_of(shuffle(c[0], 7)));
   put(ballot(c[0] > 0.0f));
+  u32 numbers[4] = {to_tf32(c[0] / 3.0f), to_tf32(c[1]), to_tf32(c[2] / 5.0f), to_tf32(-c[3])};
+  for (int e = 0; e < 4; e++) put(numbers[e]);
+  float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int e = 0; e < 4; e++) numbers[e] = to_tf32(rintf(c[e] / 16.0f));
+  mma_m16n8k8(d, numbers, numbers[0], numbers[3]);  // exact
+  for (int e = 0; e < 4; e++) put(bits_of(d[e]));
+  put(bits_of(load_shared(chunk_address(K, lane / 16, lane / 4 % 4) + lane % 4 * 4)));
   put(bits_of(ex2(c[0] / 64.0f)));  // the last word: no two machines need agree on all its bits
 }

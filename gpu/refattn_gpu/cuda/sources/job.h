@@ -7,10 +7,16 @@ using u16 = unsigned short;
 using u32 = unsigned int;
 using i64 = long long;
 
-// Rows of 16-bit numbers by (batch, head, row): neighbouring features lie side by side, and rows
-// begin at multiples of 16 bytes.
+#if FLOAT32
+using Number = float;
+#else
+using Number = u16;  // the bits of float16 or bfloat16
+#endif
+
+// Rows of numbers by (batch, head, row): neighbouring features lie side by side, and rows begin at
+// multiples of 16 bytes.
 struct Rows {
-  const u16* data;
+  const Number* data;
   i64 batch, head, row;  // numbers between neighbours
 };
 
@@ -22,7 +28,7 @@ struct Cells {
 
 struct Job {
   Rows query, key, value;  // Q, K, V
-  u16* output;             // O, (b, h, n_q, d_v), contiguous
+  Number* output;          // O, (b, h, n_q, d_v), contiguous
   float* logsumexp;        // L, (b, h, n_q), nats
   const i64* offsets;      // position of query row 0, tokens, by batch item
   const i64* query_lengths;

@@ -47,6 +47,13 @@ DEVICE void ldmatrix_x4_trans(unsigned (&r)[4], unsigned row) {
                : "memory");
 }
 
+// A number in shared memory.
+DEVICE float load_shared(unsigned from) {
+  float r;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(r) : "r"(from) : "memory");
+  return r;
+}
+
 #if BFLOAT16
 #define FORMAT "bf16"
 #else
@@ -59,6 +66,21 @@ DEVICE void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, uns
                ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same of TF32, A of 16 x 8 and B of 8 x 8.
+DEVICE void mma_m16n8k8(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, "
+               "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// A number rounded to TF32: 11 bits, in the upper bits of a float32.
+DEVICE unsigned to_tf32(float x) {
+  unsigned r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+  return r;
 }
 
 // Two numbers rounded to 16 bits, the first in the low half.
@@ -81,6 +103,9 @@ DEVICE float widen(unsigned short number) {
 DEVICE unsigned bits_of(float x) { return __float_as_uint(x); }
 
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
+
+DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
+DEVICE float widen(float number) { return number; }
 
 // 2^x, to 2^-22 of its size; below 2^-126 it is 0.
 DEVICE float ex2(float x) {

@@ -66,6 +66,30 @@ DEVICE void ldmatrix_x4_trans(unsigned (&r)[4], unsigned row) {
   machine::together("ldmatrix.trans", mine, load_matrices<true>);
 }
 
+struct Load {
+  unsigned from;
+  float number;
+};
+
+// Two lanes may read one number, but not two of one bank: 32 banks are 4 bytes wide.
+static void load_numbers(Load* (&all)[32]) {
+  for (int lane = 0; lane < 32; lane++) {
+    const unsigned from = all[lane]->from;
+    for (int other = 0; other < lane; other++) {
+      if (all[other]->from != from && (all[other]->from ^ from) % 128 / 4 == 0) {
+        machine::fail("numbers in the same bank", from);
+      }
+    }
+    memcpy(&all[lane]->number, machine::read_chunk(from / 16 * 16) + from % 16, 4);
+  }
+}
+
+DEVICE float load_shared(unsigned from) {
+  Load mine{from, 0.0f};
+  machine::together("ld.shared", mine, load_numbers);
+  return mine.number;
+}
+
 #if BFLOAT16
 DEVICE float widen(unsigned short number) {
   const unsigned bits = (unsigned)number << 16;
@@ -140,6 +164,40 @@ DEVICE unsigned bits_of(float x) {
   unsigned bits;
   memcpy(&bits, &x, 4);
   return bits;
+}
+
+DEVICE float float_of(unsigned bits) {
+  float r;
+  memcpy(&r, &bits, 4);
+  return r;
+}
+DEVICE float widen(float number) { return number; }
+
+// To nearest, ties away from zero.
+DEVICE unsigned to_tf32(float x) {
+  const unsigned bits = bits_of(x);
+  return x - x == 0.0f ? (bits + 0x1000) & ~0x1FFFu : bits;
+}
+
+static void multiply_tf32(Product* (&all)[32]) {
+  for (int lane = 0; lane < 32; lane++) {
+    for (int e = 0; e < 4; e++) {
+      const int row = lane / 4 + e / 2 * 8, col = lane % 4 * 2 + e % 2;
+      double sum = all[lane]->c[e];
+      for (int k = 0; k < 8; k++) {
+        const unsigned left = all[row % 8 * 4 + k % 4]->a[row / 8 + k / 4 * 2];
+        const unsigned right = all[col * 4 + k % 4]->b[k / 4];
+        if ((left | right) & 0x1FFF) machine::fail("an operand of mma that is not TF32", lane);
+        sum += (double)float_of(left) * float_of(right);
+      }
+      all[lane]->c[e] = (float)sum;
+    }
+  }
+}
+
+DEVICE void mma_m16n8k8(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  Product mine{c, a, {b0, b1}};
+  machine::together("mma.tf32", mine, multiply_tf32);
 }
 
 DEVICE float infinity() { return INFINITY; }
