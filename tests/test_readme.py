@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from refattn.bench import MASKS
+from refattn.bench.shapes import FORWARD, read_todo
+from refattn.cli.bench import COLUMNS, FASTEST
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [(language, text) for language, text in FENCE.findall(README)]
 PYTHON = [text for language, text in BLOCKS if language == "python" and "import refattn" in text]
-COMMANDS = [text for _, text in BLOCKS if text.startswith("$ refattn ")]
+SHOWN = [text for _, text in BLOCKS if text.startswith("$ refattn ")]
+MEASURED = [text for text in SHOWN if text.startswith("$ refattn bench ")]
+COMMANDS = [text for text in SHOWN if text not in MEASURED]
 SUBJECT = next(text for _, text in BLOCKS if text.startswith("# my_attention.py"))
 
 
@@ -58,3 +64,23 @@ def test_the_output_in_the_readme_is_what_the_command_prints(text, tmp_path):
 def test_every_block_of_the_readme_is_one_of_these_kinds():
     assert len(PYTHON) == 3
     assert len(COMMANDS) == 4
+    assert len(MEASURED) == 3
+
+
+@pytest.mark.parametrize("text", MEASURED, ids=lambda text: text.splitlines()[0])
+def test_what_was_measured_is_printed_as_the_command_prints_it(text):
+    for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE):
+        words, _, tail = command.partition(" | tail -n ")
+        lines = shown.splitlines()
+        assert len(lines) == int(tail or len(lines))
+        *_, end = lines
+        assert re.match(
+            r"in the whole run, \d+ s on .+, 2 threads: multiply-adds peak at \d+ ", end
+        )
+        table = lines[next(i for i, line in enumerate(lines) if "fastest peer" in line) : -1]
+        assert tuple(re.split(r" {2,}", table[0])) == FASTEST
+        given = re.findall(r"--shape (\S+)", words) or FORWARD
+        todo = [[str(shape), mask] for shape, mask in read_todo(tuple(given), MASKS)]
+        assert [line.split()[:2] for line in table[1:]] == todo
+        if not tail:
+            assert " ".join(COLUMNS[:-1]) in " ".join(shown.split())

@@ -25,6 +25,9 @@ INTERRUPTED = 130
 COLUMNS = ("ms", "GFLOP/s", "of peak", "time/ours", "spread", "rms error", "max error", "extra MiB")
 """Columns of numbers; the last one where memory was asked for."""
 
+FASTEST = ("shape", "mask", "fastest peer", "time/ours", "spread", "turns")
+"""Columns of the table at the end."""
+
 SPREAD = "10.00-10.00"
 """The widest word of a column of numbers."""
 
@@ -137,8 +140,7 @@ def _print_end(data: dict[str, Any]) -> None:
     """Print the fastest peer of each shape, and what the machine reached in the whole run."""
     if data["fastest"]:
         print()
-        head = ("shape", "mask", "fastest peer", "time/ours", "spread", "turns")
-        print_table(head, [_summary(row) for row in data["fastest"]])
+        print_table(FASTEST, [_summary(row) for row in data["fastest"]])
     where = f"{data['processor']}, {data['threads']} threads"
     print(f"in the whole run, {data['elapsed']:.0f} s on {where}: {_speeds(data)}")
     if data["memory"]:
