@@ -57,9 +57,11 @@ class Fault(NamedTuple):
 FAULTS = {
     # products
     "S takes a wrong step of features": Fault(
-        "products16.h", "key, 2 * k + lane / 8 % 2", "key, k + lane / 8 % 2"
+        "products16.h", "moved(keys, 16 * n, k)", "moved(keys, 16 * n, k / 2)"
     ),
-    "O takes a wrong step of keys": Fault("products16.h", "(V_j, 16 * k", "(V_j, 8 * k"),
+    "O takes a wrong step of keys": Fault(
+        "products16.h", "moved(values, 16 * k, n)", "moved(values, 8 * k, n)"
+    ),
     "two registers of the weights change places": Fault(
         "products16.h", "a[t][1] = pack(P[t][2 * k][2]", "a[t][1] = pack(P[t][2 * k + 1][2]"
     ),
@@ -76,19 +78,18 @@ FAULTS = {
         "products32.h", "P[t][k][e / 2 + e % 2 * 2]", "P[t][k][e]"
     ),
     "the second key of a pair is the first": Fault(
-        "products32.h", "chunk_address(V_j, key + 1, chunk)", "chunk_address(V_j, key, chunk)"
+        "products32.h", "chunk_address(V_j, key + 1, lane", "chunk_address(V_j, key, lane"
     ),
     "an operand is not rounded to TF32": Fault(
         "products32.h",
-        "to_tf32(x - float_of(parts.large[which]))",
+        "bits_of(x - float_of(parts.large[which])) & ~0x1FFFu",
         "bits_of(x - float_of(parts.large[which]))",
         "that is not TF32",
     ),
     "features of V change places": Fault(
         "products32.h",
-        "2 * n + lane / 16, word = lane / 4 % 4 * 4",
-        "2 * n + lane / 4 % 2, word = lane / 8 * 4",
-        "output",
+        "word = lane / 4 % 4 * 4",
+        "word = (3 - lane / 4 % 4) * 4",
     ),
     # the permutation of chunks
     "chunks are written where they are not read": Fault(

@@ -80,26 +80,22 @@ def test_conversions_shuffles_votes_and_powers(dtype: str) -> None:
     votes = int(sum(1 << lane for lane in range(32) if c[0][lane] > 0))
     assert set(words[24]) == {votes}
     assert 0 < votes < 2**32 - 1
-    assert np.allclose(words[34].view(np.float32), 2.0 ** (c[0] / 64), rtol=2.0**-21)
+    assert np.allclose(words[30].view(np.float32), 2.0 ** (c[0] / 64), rtol=2.0**-21)
 
 
 @BOTH
-def test_tf32_is_rounded_multiplied_and_read(dtype: str) -> None:
+def test_tf32_is_multiplied_and_float32_read(dtype: str) -> None:
     words = instructions.emulated(dtype)
     c = words[16:20].view(np.float32)
-    numbers = c[0] / np.float32(3), c[1], c[2] / np.float32(5), -c[3]
-    for word, number in zip(words[25:29], numbers, strict=True):
-        assert not (word & 0x1FFF).any()
-        assert np.allclose(word.view(np.float32), number, rtol=2.0**-11, atol=0)
     A, B = np.zeros((16, 8), np.float32), np.zeros((8, 8), np.float32)
     small = np.rint(c / np.float32(16))
     for e in range(4):
         A[ROW + 8 * (e % 2), LANES % 4 + 4 * (e // 2)] = small[e]
     B[LANES % 4, ROW], B[LANES % 4 + 4, ROW] = small[0], small[3]
-    assert np.array_equal(words[29:33].view(np.float32), accumulators(A @ B))
+    assert np.array_equal(words[25:29].view(np.float32), accumulators(A @ B))
     _, K = tiles(dtype)
     bits = K.view(np.uint32)
-    assert np.array_equal(words[33], bits[LANES // 16, LANES % 16])
+    assert np.array_equal(words[29], bits[LANES // 16, LANES % 16])
 
 
 @BOTH

@@ -240,7 +240,7 @@ attention_forward(const __grid_constant__ Job job) {
 
   Lines my;
   begin(my, job, at);  // line 2
-  const int row = at.warp * 16 * M_TILES;
+  const u32 rows = left_address(Q_i, at.warp * 16 * M_TILES, at.lane);
   u32 Q[Q_IN_REGISTERS ? M_TILES : 1][STEPS][4];
   if (Q_IN_REGISTERS && some.from < some.to) {
     cp_async_wait<1>();  // the first stage may still be on its way
@@ -248,7 +248,7 @@ attention_forward(const __grid_constant__ Job job) {
 #pragma unroll
     for (int t = 0; t < M_TILES; t++) {
 #pragma unroll
-      for (int k = 0; k < STEPS; k++) load_left(Q[t][k], Q_i, row + 16 * t, k, at.lane);
+      for (int k = 0; k < STEPS; k++) ldmatrix_x4(Q[t][k], moved(rows, 16 * t, k));
     }
   }
   int stage = 0;
@@ -266,7 +266,7 @@ attention_forward(const __grid_constant__ Job job) {
       }, K_j, at.lane);
     } else {
       multiply_keys(S, [&](u32(&a)[4], int t, int k) {
-        load_left(a, Q_i, row + 16 * t, k, at.lane);
+        ldmatrix_x4(a, moved(rows, 16 * t, k));
       }, K_j, at.lane);
     }
     const bool whole = every.from <= j_first && j_first + COLS <= every.to;

@@ -19,13 +19,13 @@ single_instructions(const __grid_constant__ Job job) {
   cp_async_wait<1>();
   barrier();
   u32 a[4], b[4], transposed[4];
-  load_left(a, Q, 0, 1, lane);  // ldmatrix: features 16 to 31
+  ldmatrix_x4(a, moved(left_address(Q, 0, lane), 0, 1));  // ldmatrix: features 16 to 31
   for (int e = 0; e < 4; e++) put(a[e]);
   cp_async_wait<0>();
   barrier();
-  ldmatrix_x4(b, chunk_address(K, lane / 16 * 8 + lane % 8, 2 + lane / 8 % 2));
+  ldmatrix_x4(b, moved(right_address(K, lane), 0, 1));
   for (int e = 0; e < 4; e++) put(b[e]);
-  ldmatrix_x4_trans(transposed, chunk_address(K, lane % 16, lane / 16));  // features 0 to 15
+  ldmatrix_x4_trans(transposed, left_address(K, 0, lane));  // features 0 to 15
   for (int e = 0; e < 4; e++) put(transposed[e]);
   float c[4] = {0.0f, 1.0f, 2.0f, 3.0f};  // mma
   mma_m16n8k16(c, a, b[0], b[1]);
@@ -37,10 +37,9 @@ single_instructions(const __grid_constant__ Job job) {
   put(bits_of(shuffle_xor(c[0], 5)));
   put(bits_of(shuffle(c[0], 7)));
   put(ballot(c[0] > 0.0f));
-  u32 numbers[4] = {to_tf32(c[0] / 3.0f), to_tf32(c[1]), to_tf32(c[2] / 5.0f), to_tf32(-c[3])};
-  for (int e = 0; e < 4; e++) put(numbers[e]);
+  u32 numbers[4];
   float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  for (int e = 0; e < 4; e++) numbers[e] = to_tf32(rintf(c[e] / 16.0f));
+  for (int e = 0; e < 4; e++) numbers[e] = bits_of(rintf(c[e] / 16.0f));
   mma_m16n8k8(d, numbers, numbers[0], numbers[3]);  // exact
   for (int e = 0; e < 4; e++) put(bits_of(d[e]));
   put(bits_of(load_shared(chunk_address(K, lane / 16, lane / 4 % 4) + lane % 4 * 4)));

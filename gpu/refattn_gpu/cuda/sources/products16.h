@@ -7,6 +7,7 @@ constexpr int STEPS = FEATURES / 16;  // of line 9, by features
 // S += Q_i K_jᵀ, for the warp's rows (line 9). The rows of K_j are the columns of the right operand.
 template <class Left>
 DEVICE void multiply_keys(float (&S)[M_TILES][COLS / 8][4], Left left, u32 K_j, int lane) {
+  const u32 keys = right_address(K_j, lane);
 #pragma unroll
   for (int k = 0; k < STEPS; k++) {
     u32 a[M_TILES][4];
@@ -15,8 +16,7 @@ DEVICE void multiply_keys(float (&S)[M_TILES][COLS / 8][4], Left left, u32 K_j, 
 #pragma unroll
     for (int n = 0; n < COLS / 16; n++) {
       u32 b[4];
-      const int key = 16 * n + lane / 16 * 8 + lane % 8;
-      ldmatrix_x4(b, chunk_address(K_j, key, 2 * k + lane / 8 % 2));
+      ldmatrix_x4(b, moved(keys, 16 * n, k));
 #pragma unroll
       for (int t = 0; t < M_TILES; t++) {
         mma_m16n8k16(S[t][2 * n], a[t], b[0], b[1]);
@@ -30,6 +30,7 @@ DEVICE void multiply_keys(float (&S)[M_TILES][COLS / 8][4], Left left, u32 K_j, 
 // wants them, once they are rounded to 16 bits; V_j is read transposed.
 DEVICE void multiply_values(
     float (&O)[M_TILES][FEATURES / 8][4], const float (&P)[M_TILES][COLS / 8][4], u32 V_j, int lane) {
+  const u32 values = left_address(V_j, 0, lane);
 #pragma unroll
   for (int k = 0; k < COLS / 16; k++) {
     u32 a[M_TILES][4];
@@ -43,7 +44,7 @@ DEVICE void multiply_values(
 #pragma unroll
     for (int n = 0; n < FEATURES / 16; n++) {
       u32 b[4];
-      ldmatrix_x4_trans(b, chunk_address(V_j, 16 * k + lane % 16, 2 * n + lane / 16));
+      ldmatrix_x4_trans(b, moved(values, 16 * k, n));
 #pragma unroll
       for (int t = 0; t < M_TILES; t++) {
         mma_m16n8k16(O[t][2 * n], a[t], b[0], b[1]);

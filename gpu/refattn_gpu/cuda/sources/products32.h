@@ -10,10 +10,12 @@ struct Parts {
   u32 large[COUNT], small[COUNT];
 };
 
+// The large part is rounded to nearest; the small one has at most 13 bits, of which the last two are
+// cut off. Where x is NaN, the small part is.
 template <int COUNT>
 DEVICE void split(Parts<COUNT>& parts, int which, float x) {
-  parts.large[which] = to_tf32(x);
-  parts.small[which] = to_tf32(x - float_of(parts.large[which]));
+  parts.large[which] = (bits_of(x) + 0x1000) & ~0x1FFFu;
+  parts.small[which] = bits_of(x - float_of(parts.large[which])) & ~0x1FFFu;
 }
 
 // C += A B, the smaller products first.
@@ -27,6 +29,7 @@ DEVICE void multiply_add(float (&c)[4], const Parts<4>& a, const Parts<4>& b, in
 // mma wants, as it does for 16-bit numbers.
 template <class Left>
 DEVICE void multiply_keys(float (&S)[M_TILES][COLS / 8][4], Left left, u32 K_j, int lane) {
+  const u32 keys = right_address(K_j, lane);
 #pragma unroll
   for (int k = 0; k < STEPS; k++) {
     Parts<4> a[M_TILES];
@@ -40,8 +43,7 @@ DEVICE void multiply_keys(float (&S)[M_TILES][COLS / 8][4], Left left, u32 K_j, 
 #pragma unroll
     for (int n = 0; n < COLS / 16; n++) {
       u32 numbers[4];
-      const int key = 16 * n + lane / 16 * 8 + lane % 8;
-      ldmatrix_x4(numbers, chunk_address(K_j, key, 2 * k + lane / 8 % 2));
+      ldmatrix_x4(numbers, moved(keys, 16 * n, k));
       Parts<4> b;
 #pragma unroll
       for (int e = 0; e < 4; e++) split(b, e, float_of(numbers[e]));
@@ -59,6 +61,9 @@ DEVICE void multiply_keys(float (&S)[M_TILES][COLS / 8][4], Left left, u32 K_j, 
 // rows of V_j are read so.
 DEVICE void multiply_values(
     float (&O)[M_TILES][FEATURES / 8][4], const float (&P)[M_TILES][COLS / 8][4], u32 V_j, int lane) {
+  const int key = lane % 4 * 2, word = lane / 4 % 4 * 4;
+  const u32 first = chunk_address(V_j, key, lane / 16) + word;
+  const u32 second = chunk_address(V_j, key + 1, lane / 16) + word;
 #pragma unroll
   for (int k = 0; k < COLS / 8; k++) {
     Parts<4> a[M_TILES];
@@ -67,13 +72,11 @@ DEVICE void multiply_values(
 #pragma unroll
       for (int e = 0; e < 4; e++) split(a[t], e, P[t][k][e / 2 + e % 2 * 2]);
     }
-    const int key = 8 * k + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < FEATURES / 8; n++) {
-      const int chunk = 2 * n + lane / 16, word = lane / 4 % 4 * 4;
       Parts<4> b;
-      split(b, 0, load_shared(chunk_address(V_j, key, chunk) + word));
-      split(b, 1, load_shared(chunk_address(V_j, key + 1, chunk) + word));
+      split(b, 0, load_shared(moved(first, 8 * k, n)));
+      split(b, 1, load_shared(moved(second, 8 * k, n)));
 #pragma unroll
       for (int t = 0; t < M_TILES; t++) multiply_add(O[t][n], a[t], b, 0);
     }

@@ -23,6 +23,13 @@ DEVICE u32 chunk_address(u32 tile, int row, int chunk) {
   return tile + (row * CHUNKS + (chunk ^ key)) * 16;
 }
 
+// The address of a chunk that lies so many rows, 8 or a multiple, and pairs of chunks from another. The
+// permutation repeats every 8 rows, and XOR with an even number comes to the same before it and after:
+// a lane needs one address a tile, and one instruction a pair.
+DEVICE u32 moved(u32 address, int rows, int pairs) {
+  return (address ^ 32 * pairs) + rows * CHUNKS * 16;
+}
+
 // Begin to copy rows first, ..., first + COUNT - 1 of a head, every thread its share; zeros stand
 // for rows at or beyond `rows` and for features at or beyond d, whose memory is not read.
 template <int COUNT>
@@ -38,7 +45,12 @@ DEVICE void copy_tile(u32 tile, const Number* head, i64 stride, int first, int r
   }
 }
 
-// Fragments of 16 rows and two chunks of Q_i: the left operand of an mma.
-DEVICE void load_left(u32 (&a)[4], u32 tile, int row, int k, int lane) {
-  ldmatrix_x4(a, chunk_address(tile, row + lane % 16, 2 * k + lane / 16));
+// Where a lane begins to read 16 rows and two chunks of Q_i: the left operand of an mma.
+DEVICE u32 left_address(u32 tile, int row, int lane) {
+  return chunk_address(tile, row + lane % 16, lane / 16);
+}
+
+// The same of 16 keys of K_j, two right operands.
+DEVICE u32 right_address(u32 tile, int lane) {
+  return chunk_address(tile, lane / 16 * 8 + lane % 8, lane / 8 % 2);
 }

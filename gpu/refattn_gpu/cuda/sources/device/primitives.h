@@ -68,19 +68,12 @@ DEVICE void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, uns
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The same of TF32, A of 16 x 8 and B of 8 x 8.
+// The same of TF32, A of 16 x 8 and B of 8 x 8: float32 whose last 13 bits are 0.
 DEVICE void mma_m16n8k8(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, "
                "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// A number rounded to TF32: 11 bits, in the upper bits of a float32.
-DEVICE unsigned to_tf32(float x) {
-  unsigned r;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
-  return r;
 }
 
 // Two numbers rounded to 16 bits, the first in the low half.

@@ -173,12 +173,6 @@ DEVICE float float_of(unsigned bits) {
 }
 DEVICE float widen(float number) { return number; }
 
-// To nearest, ties away from zero.
-DEVICE unsigned to_tf32(float x) {
-  const unsigned bits = bits_of(x);
-  return x - x == 0.0f ? (bits + 0x1000) & ~0x1FFFu : bits;
-}
-
 static void multiply_tf32(Product* (&all)[32]) {
   for (int lane = 0; lane < 32; lane++) {
     for (int e = 0; e < 4; e++) {
