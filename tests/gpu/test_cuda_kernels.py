@@ -219,6 +219,38 @@ def test_axes_are_added_where_the_reference_needs_none(n_q: int) -> None:
         assert off(found.output, exact([query[:1], key, value]).output) < 0.005
 
 
+@pytest.mark.clause("OWN-EMPTY1")
+def test_axes_without_numbers_are_taken() -> None:
+    query, key, value = problem()
+    assert cuda.attention(query, key, value[..., :0]).output.shape == (2, 2, 37, 0)
+    assert cuda.attention(query[:0], key[:0], value[:0]).output.shape == (0, 2, 37, 16)
+    assert machine.raw_bytes(value[..., :0]).size == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_outliers_cost_no_more_than_standard_attention_loses(dtype: str) -> None:
+    drawn, format_ = np.random.default_rng(5), DTYPES[dtype]
+    shape = (1, 1, 257, 64)
+    query, key, value = (
+        (
+            drawn.standard_normal(shape)
+            + 10 * drawn.standard_normal(shape) * (drawn.random(shape) < 0.001)
+        ).astype(format_)
+        for _ in range(3)
+    )
+    true = exact([query, key, value]).output
+    S = (query.astype(np.float32) @ key.astype(np.float32).swapaxes(2, 3)).astype(format_)
+    P = np.exp((S - S.max(-1, keepdims=True)) / format_.type(8))
+    P /= P.sum(-1, keepdims=True)  # a matrix is rounded to the format whenever it is stored
+    standard = (P.astype(np.float32) @ value.astype(np.float32)).astype(format_)
+    found = run([query, key, value], SMALL).output
+
+    def rms(output: np.ndarray) -> float:
+        return float(np.sqrt(((output.astype(np.float64) - true) ** 2).mean()))
+
+    assert 0 < rms(found) <= rms(standard)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
