@@ -25,12 +25,16 @@ Options: TypeAlias = Mapping[str, Any]
 Op: TypeAlias = Callable[[Arrays, dict[str, Any], str], dict[str, Any]]
 """How an operation is called: inputs in their dtype, options by name, the dtype's name."""
 
-BACKENDS = ("numpy", "numpy-tiled", "numba", "numba-cuda", "cupy")
+BACKENDS = ("numpy", "numpy-tiled", "numba", "numba-cuda", "cuda-cpp", "cupy")
 """Every backend, whether it loads here or not."""
 
-GPU = {"numba-cuda": "refattn_gpu.numba_cuda.backend", "cupy": "refattn_gpu.cupy_text"}
+GPU = {
+    "numba-cuda": "refattn_gpu.numba_cuda.backend",
+    "cuda-cpp": "refattn_gpu.cuda.backend",
+    "cupy": "refattn_gpu.cupy_text",
+}
 """Backends of the GPU package, by the module that has `absent()` and `run(...)`, and that has
-`simulator()` if it may run without a device."""
+`simulator()` if it may run without a device, and `DTYPES` if it claims some of them only."""
 
 OPS = (
     "attention",
@@ -54,6 +58,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     "numpy-tiled": ("attention",),
     "numba": ("attention", "rope", "alibi"),
     "numba-cuda": ("attention", "rope", "alibi", "merge"),
+    "cuda-cpp": ("attention",),  # its forward pass
     # what is counted or drawn on the host, as GELU's error function is, says nothing of a device
     "cupy": tuple(op for op in OPS if op not in ("traffic", "keep_mask", "gated_cross_attention")),
 }
@@ -71,6 +76,11 @@ TABLE_TEXT = frozenset({"OWN-ROPE4", "OWN-ROPE5"})
 SLOPE_TEXT = frozenset({"ALIBI-S3b", "ALIBI-S3c"})
 """Clauses of the slopes of a linear bias; a kernel is given those of the reference."""
 
+GRADIENT_TEXT = frozenset(
+    {"FA1-ALG4", "OWN-BACKWARD1", "NUM-BACKWARD1", "OWN-BIAS1", "OWN-DROPOUT1"}
+)
+"""Clauses of attention whose vectors all ask for gradients."""
+
 UNSTATED = {
     ("numpy", "attention"): TILED_TEXT,
     ("numpy-tiled", "attention"): MATRIX_TEXT,
@@ -80,6 +90,7 @@ UNSTATED = {
     ("numba-cuda", "attention"): MATRIX_TEXT,
     ("numba-cuda", "rope"): TABLE_TEXT,
     ("numba-cuda", "alibi"): SLOPE_TEXT,
+    ("cuda-cpp", "attention"): MATRIX_TEXT | GRADIENT_TEXT,
     ("cupy", "attention"): TILED_TEXT,
     ("cupy", "rope"): TABLE_TEXT,
     ("cupy", "alibi"): SLOPE_TEXT,
@@ -144,7 +155,7 @@ def _load_gpu(name: str) -> Backend:
     if why := module.absent():
         raise BackendAbsent(f"backend {name} is absent: {why}")
     simulator = getattr(module, "simulator", str)
-    return Backend(name, FLOATS, module.run, simulator())
+    return Backend(name, getattr(module, "DTYPES", FLOATS), module.run, simulator())
 
 
 def reference_op(name: str) -> Op:

@@ -19,7 +19,7 @@ REQUIRE = "REFATTN_REQUIRE"
 """Environment variable with names, comma-separated, whose absence is a failure."""
 
 
-DEVICE, ON_DEVICE = "cuda", ("numba-cuda",)
+DEVICE, ON_DEVICE = "cuda", ("numba-cuda", "cuda-cpp")
 """The name of a CUDA device, which a simulator is not, and the backends that run on one."""
 
 

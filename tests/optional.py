@@ -24,6 +24,18 @@ def _no_ptxas() -> str:
     return str(importlib.import_module("refattn_gpu.ptx").no_ptxas())
 
 
+def _no_nvrtc() -> str:
+    return str(importlib.import_module("refattn_gpu.cuda.build").no_nvrtc())
+
+
+def _no_nvdisasm() -> str:
+    return str(importlib.import_module("refattn_gpu.cuda.costs").no_nvdisasm())
+
+
+def _no_gxx() -> str:
+    return str(importlib.import_module("refattn_gpu.cuda.emulate").no_gxx())
+
+
 def _no_onnx_releases() -> str:
     return "" if ONNX_RELEASES else "REFATTN_ONNX_RELEASES names no folder"
 
@@ -31,14 +43,18 @@ def _no_onnx_releases() -> str:
 ONNX_RELEASES = os.environ.get("REFATTN_ONNX_RELEASES", "")
 """A folder with one folder a release of ONNX that is earlier than the installed one."""
 
+
 PRESENCE = {
     "cuda": _no_cuda,
     "cupy": _no_cupy,
     "ptxas": _no_ptxas,
+    "nvrtc": _no_nvrtc,
+    "nvdisasm": _no_nvdisasm,
+    "gxx": _no_gxx,
     "onnx_releases": _no_onnx_releases,
 }
-"""Names that ask for more than a package: a device for Numba, one for CuPy, NVIDIA's assembler,
-earlier releases of ONNX.
+"""Names that ask for more than a package: a device for Numba, one for CuPy; NVIDIA's assembler,
+run-time compiler and disassembler; a C++ compiler; earlier releases of ONNX.
 
 Each tells why it is absent; an empty string if it is there.
 """

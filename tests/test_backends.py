@@ -12,7 +12,7 @@ from refattn import backends
 from refattn.arrays import FLOATS, numpy_dtype
 from refattn.backends import BACKENDS, CLAIMS, OPS, BackendAbsent, Unsupported, claiming, load
 
-GPU = ("numba-cuda", "cupy")
+GPU = ("numba-cuda", "cuda-cpp", "cupy")
 """Backends of the GPU package."""
 
 
@@ -169,7 +169,7 @@ def test_every_backend_claims_something() -> None:
     assert set().union(*CLAIMS.values()) <= set(OPS)
 
 
-@pytest.mark.parametrize("name", ["numba-cuda", "cupy"])
+@pytest.mark.parametrize("name", GPU)
 def test_without_the_gpu_package_its_backends_are_absent(name: str, monkeypatch) -> None:
     monkeypatch.setitem(backends.GPU, name, "refattn_gpu.nowhere")
     with pytest.raises(
@@ -203,7 +203,7 @@ def test_what_is_not_claimed_is_refused() -> None:
 
 def test_a_backend_is_credited_with_the_clauses_that_its_text_states() -> None:
     assert set(CLAIMS["numpy"]) == set(OPS) == set(CALLS)
-    assert claiming("ROPE-EQ34", {"rope"}) == ("numpy", "numba", *GPU)
+    assert claiming("ROPE-EQ34", {"rope"}) == ("numpy", "numba", "numba-cuda", "cupy")
     assert claiming("OWN-ROPE5", {"rope"}) == claiming("ALIBI-S3c", {"alibi"}) == ("numpy",)
     assert claiming("VAS-EQ1", {"attention"}) == ("numpy", "numpy-tiled", "numba", *GPU)
     assert claiming("FA1-ALG4", {"attention"}) == ("numpy-tiled", "numba", "numba-cuda")

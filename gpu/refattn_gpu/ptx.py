@@ -167,16 +167,16 @@ def grown(table: Table, budgets: Mapping[str, Any], ptxas_release: str) -> list[
     return found
 
 
-def read_budgets() -> dict[str, Any]:
-    """Return the committed budgets: by kernel and target, and the assembler's release."""
-    return tomllib.loads(BUDGETS.read_text("utf-8"))
+def read_budgets(path: Path | None = None) -> dict[str, Any]:
+    """Return committed budgets: by kernel and target, and the assembler's release."""
+    return tomllib.loads((path or BUDGETS).read_text("utf-8"))
 
 
-def as_toml(table: Table, ptxas_release: str) -> str:
-    """Return a table as the text of `budgets.toml`."""
+def as_toml(table: Table, ptxas_release: str, command: str = "refattn_gpu.ptx") -> str:
+    """Return a table as the text of a `budgets.toml`."""
     lines = [
         "# What every kernel costs a thread and a block, by device: a test fails where one grows.",
-        "# Made by `python -m refattn_gpu.ptx --write`.",
+        f"# Made by `python -m {command} --write`.",
         f'ptxas = "{ptxas_release}"',
     ]
     for name, row in table.items():

@@ -13,6 +13,7 @@ import pytest
 
 from optional import require
 from refattn_gpu import measure
+from refattn_gpu.cuda.machine import absent
 from refattn_gpu.stages import STAGES
 from refattn_gpu.stages.ground import journal, read_journal
 
@@ -72,9 +73,12 @@ def test_a_simulated_run_says_that_it_is_one(whole: dict[str, Any]) -> None:
 
 def test_conformance_counts_runs_by_backend_and_dtype(whole: dict[str, Any]) -> None:
     found = whole["stages"]["conformance"]["results"]
-    for name in ("numba-cuda", "numba-cuda rows"):
+    formats = {"numba-cuda": {"float32", "float64"}, "numba-cuda rows": {"float32", "float64"}}
+    if not absent():
+        formats["cuda-cpp"] = {"bfloat16", "float32"}
+    for name, dtypes in formats.items():
         tallies = found[name]["by_dtype"]
-        assert {"float32", "float64"} <= set(tallies)
+        assert dtypes <= set(tallies)
         for tally in tallies.values():
             assert tally["passed"] > 0 == tally["failed"]
             assert 0 < tally["ratio"] <= 1
@@ -83,7 +87,8 @@ def test_conformance_counts_runs_by_backend_and_dtype(whole: dict[str, Any]) -> 
 
 def test_determinism_counts_different_results(whole: dict[str, Any]) -> None:
     found = whole["stages"]["determinism"]["results"]
-    assert len(found) == 8  # two formats, two forms, forward and backward
+    # two formats, two forms, forward and backward; and the kernels in CUDA C++
+    assert len(found) == 8 + 2 * (not absent())
     for value in found.values():
         assert (value["results"], value["moved"]) == (1, [])
 
@@ -99,6 +104,8 @@ def test_timing_has_every_subject_or_why_it_refused(whole: dict[str, Any]) -> No
     assert [shape["causal"] for shape in found.values()] == [False, True]
     for shape in found.values():
         assert {"refattn rows float32", "refattn tiles float32"} <= set(shape["subjects"])
+        fast = {"refattn cuda-cpp float16", "refattn cuda-cpp float32"}
+        assert absent() or fast <= set(shape["subjects"])
         for row in shape["subjects"].values():
             assert 0 < row["low"] <= row["seconds"] <= row["high"]
             assert row["rms_error"] <= row["max_error"] < 0.01
@@ -130,7 +137,8 @@ def test_the_last_word_of_the_sanitizer_is_kept(
     ended, data = _simulated(tmp_path, "--only", "sanitizer")
     found = data["stages"]["sanitizer"]["results"]
     assert ended == code
-    assert set(found) == {f"{t} {f}" for t in ("memcheck", "racecheck") for f in ("tiles", "rows")}
+    forms = ("tiles", "rows", *(() if absent() else ("cuda-cpp",)))
+    assert set(found) == {f"{t} {f}" for t in ("memcheck", "racecheck") for f in forms}
     for value in found.values():
         assert value["summary"] == f"ERROR SUMMARY: {errors} errors"
         assert value["ok"] is (errors == 0)

@@ -106,7 +106,7 @@ def test_the_gpu_package_is_imported_by_name_in_one_place(path: Path) -> None:
         assert "refattn_gpu" not in path.read_text("utf-8")
 
 
-ONE_DOOR = {"numba": "device.py", "numba_cuda": "device.py"}
+ONE_DOOR = {"numba": "device.py", "numba_cuda": "device.py", "cuda": "cuda/build.py"}
 """Packages that only one module of the GPU package may import: the first may end its days."""
 
 

@@ -49,7 +49,7 @@ def problem_of(
     dtype = xp.float64 if dtype_name(query) == "float64" else xp.float32
     q, k, v = (four_axes(array, dtype, xp) for array in (query, key, value))
     operands = Operands(q, k, v)
-    band = _band(options, operands, offset, xp)
+    band = band_of(options, q.shape, k.shape, offset, xp)
     terms = _terms(options, sizes["d_k"], dtype, xp)
     return Problem(operands, band, terms, dtype, xp, options, features)
 
@@ -83,10 +83,25 @@ def four_axes(array: Array, dtype: Any, xp: Any) -> Array:
     return xp.ascontiguousarray(xp.astype(xp.reshape(array, shape), dtype, copy=False))
 
 
-def _band(options: dict[str, Any], operands: Operands, offset: Any, xp: Any) -> Band:
-    """Return which keys are seen; the window's sides, and causal as a right side of 0."""
-    b, _, n_q, _ = operands.query.shape
-    n_k = operands.key.shape[2]
+def band_of(
+    options: dict[str, Any],
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    offset: Any,
+    xp: Any,
+) -> Band:
+    """Return which keys are seen; the window's sides, and causal as a right side of 0.
+
+    Spec: OWN-CAUSAL1, OWN-WINDOW1, OWN-LENGTH1.
+
+    Args:
+        options: with their defaults.
+        query: shape (b, h, n_q, d_k).
+        key: shape (b, h_k, n_k, d_k).
+        offset: of the query positions; see `masks.position_offset`.
+        xp: array library of the arguments.
+    """
+    (b, _, n_q, _), n_k = query, key[2]
     ends = options.get("window") or (None, None)
     left, right = (rules.UNBOUNDED if end is None else int(end) for end in ends)
     return Band(

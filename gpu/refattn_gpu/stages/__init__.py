@@ -17,7 +17,8 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("conformance", 180, "every certified vector, on both backends, in every dtype"),
+    Stage("instructions", 20, "single instructions on the device, word by word as emulated"),
+    Stage("conformance", 180, "every certified vector, on every backend, in every dtype"),
     Stage("determinism", 60, "the same bits in a hundred runs and whatever shares the batch"),
     Stage("memory", 60, "device memory beside inputs and outputs, against the number of keys"),
     Stage("timing", 180, "beside torch's attention and standard attention, turn by turn"),

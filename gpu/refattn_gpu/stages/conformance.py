@@ -1,9 +1,10 @@
-"""Every certified vector, on both backends, in every dtype that they claim."""
+"""Every certified vector, on every backend of a GPU, in every dtype that they claim."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from refattn.check import run as run_job
 from refattn.vectors.pack import Case, core_pack
 from refattn_gpu.stages.ground import Ground, Put
 
-BACKENDS = ("cupy", "numba-cuda")
+BACKENDS = ("cupy", "cuda-cpp", "numba-cuda")
 """What is asked, the quicker one first."""
 
 OFTEN = 20
@@ -37,7 +38,7 @@ def run(on: Ground, put: Put) -> None:
         except BackendAbsent as absent:
             put(name, {"absent": str(absent)})
             continue
-        _run_backend(backend, name, cases, put)
+        _run_backend(backend, name, _forward(cases) if name == "cuda-cpp" else cases, put)
         if name == "numba-cuda":
             _run_backend(backend, f"{name} rows", _by_rows(cases), put)
 
@@ -46,6 +47,15 @@ def _few(cases: tuple[Case, ...]) -> list[Case]:
     """Return some vectors of attention that the simulator runs in a moment."""
     small = (c for c in cases if c.op == "attention" and _size(c) <= TINY)
     return [case for case, _ in zip(small, range(FEW), strict=False)]
+
+
+def _forward(cases: list[Case]) -> list[Case]:
+    """Return the forward passes of the cases, for kernels that have no other."""
+
+    def kept(arrays: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: array for name, array in arrays.items() if not name.startswith("d_")}
+
+    return [replace(c, inputs=kept(c.inputs), outputs=kept(c.outputs)) for c in cases]
 
 
 def _by_rows(cases: list[Case]) -> list[Case]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
-from refattn_gpu import numba_cuda
+from refattn_gpu import cuda, numba_cuda
+from refattn_gpu.cuda import machine
 from refattn_gpu.numba_cuda.attention import FORMS
 from refattn_gpu.stages.ground import Ground, Put, attempt, drawn
 
@@ -29,18 +30,31 @@ SIMULATED = (2, (2, 3), (1, 13, 8))
 def run(on: Ground, put: Put) -> None:
     """Report by format, form and pass how many different results there were: 1 is right."""
     runs, batches, shape = SIMULATED if on.simulated else (RUNS, BATCHES, SHAPE)
+    for words, dtype, call in _subjects():
+
+        def find(call: Call = call, dtype: str = dtype) -> dict[str, Any]:
+            alone = drawn(on, dtype, *[(1, *shape)] * 4)
+            bits = {_bits(on, call(*alone)) for _ in range(runs)}
+            firsts = {n: _bits(on, _first(on, call, alone, n)) for n in batches}
+            moved = [n for n in batches if firsts[n] not in bits]
+            return {"runs": runs, "results": len(bits), "batches": batches, "moved": moved}
+
+        attempt(put, words, find)
+
+
+def _subjects() -> Iterator[tuple[str, str, Call]]:
+    """Yield every pass, as it is named, in the format of its operands."""
+    if not machine.absent():
+        for dtype in ("float16", "float32"):
+            yield f"forward cuda-cpp {dtype}", dtype, _fast
     for dtype in ("float32", "float64"):
         for form in FORMS:
             for name, call in _passes(form).items():
+                yield f"{name} {form} {dtype}", dtype, call
 
-                def find(call: Call = call, dtype: str = dtype) -> dict[str, Any]:
-                    alone = drawn(on, dtype, *[(1, *shape)] * 4)
-                    bits = {_bits(on, call(*alone)) for _ in range(runs)}
-                    firsts = {n: _bits(on, _first(on, call, alone, n)) for n in batches}
-                    moved = [n for n in batches if firsts[n] not in bits]
-                    return {"runs": runs, "results": len(bits), "batches": batches, "moved": moved}
 
-                attempt(put, f"{name} {form} {dtype}", find)
+def _fast(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:
+    return tuple(cuda.attention(query, key, value, causal=True))
 
 
 def _passes(form: str) -> dict[str, Call]:

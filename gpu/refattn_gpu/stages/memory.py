@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from refattn_gpu import numba_cuda
+from refattn_gpu import cuda, numba_cuda
+from refattn_gpu.cuda import machine
 from refattn_gpu.stages.ground import Ground, Put, attempt, drawn
 from refattn_gpu.stages.standard import standard_attention
 
@@ -16,7 +17,7 @@ QUERIES = 1024
 """Query rows at every length."""
 
 HEADS, FEATURES = 4, 64
-"""Of the problem, float32."""
+"""Of the problem, float32; float16 for the kernels in CUDA C++."""
 
 LARGEST_STANDARD = 16384
 """Keys up to which the matrices of standard attention are formed."""
@@ -49,6 +50,9 @@ def _calls(on: Ground, arrays: list[Any], n: int) -> dict[str, Callable[[], Any]
         "forward": lambda: numba_cuda.attention(query, key, value),
         "backward": lambda: numba_cuda.attention_backward(d_output, query, key, value),
     }
+    if not machine.absent():
+        halves = [array.astype("float16") for array in arrays[:3]]
+        calls["cuda-cpp forward"] = lambda: cuda.attention(*halves)
     if n <= LARGEST_STANDARD:
         calls["standard forward"] = lambda: standard_attention(on.xp, query, key, value)
     return calls

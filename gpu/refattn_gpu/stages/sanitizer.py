@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from refattn_gpu.cuda import machine
 from refattn_gpu.numba_cuda.attention import FORMS
 from refattn_gpu.stages.ground import Ground, Put
+from refattn_gpu.stages.sanitized import FAST
 
 TOOLS = ("memcheck", "racecheck")
 """What compute-sanitizer looks for."""
@@ -28,7 +30,7 @@ def run(on: Ground, put: Put) -> None:
     if tool is None:
         put("skipped", "compute-sanitizer was not found on PATH or in CUDA_HOME/bin")
         return
-    for form in FORMS:
+    for form in (*FORMS, *(() if machine.absent() else (FAST,))):
         for name in TOOLS:
             put(f"{name} {form}", _ask(tool, name, form, on.simulated))
 

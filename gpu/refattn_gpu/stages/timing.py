@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refattn_gpu import numba_cuda
+from refattn_gpu import cuda, numba_cuda
+from refattn_gpu.cuda import machine
 from refattn_gpu.numba_cuda.attention import FORMS
 from refattn_gpu.stages.ground import Ground, Put, attempt, drawn
 from refattn_gpu.stages.machine import clocks
@@ -150,6 +151,14 @@ def _able(subjects: Iterator[Subject]) -> tuple[list[Subject], dict[str, str]]:
 
 def _subjects(on: Ground, arrays: list[Any], causal: bool) -> Iterator[Subject]:
     query, key, value = arrays
+    if not machine.absent():
+        halves = [array.astype("float16") for array in arrays]
+        for dtype, operands in (("float16", halves), ("float32", arrays)):
+
+            def fast(operands: list[Any] = operands) -> Any:
+                return cuda.attention(*operands, causal=causal).output
+
+            yield Subject("refattn cuda-cpp", dtype, fast)
     for form in FORMS:
 
         def ours(form: str = form) -> Any:

@@ -1,0 +1,90 @@
+"""Attention by the kernels of `sources/`, with the arguments and the results of the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+from refattn.arrays import Array
+from refattn.attention import AttentionResult
+from refattn.options import AttentionOptions
+from refattn_gpu.cuda import emulate, machine
+from refattn_gpu.cuda.catalogue import Tile, Variant, variant_of
+from refattn_gpu.cuda.problem import Problem, problem_of
+
+
+def attention(
+    query: Array, key: Array, value: Array, **options: Unpack[AttentionOptions]
+) -> AttentionResult:
+    """Return attention, computed on tensor cores or in their emulation.
+
+    Spec: FA1-ALG1, VAS-EQ1, VAS-S323b, ALIBI-S3a, OWN-SOFTCAP1, OWN-SINK1, OWN-EMPTY1, OWN-LSE1,
+        OWN-ROUND1, OWN-POISON1, OWN-GQA1, OWN-LENGTH1. Differs: weights are rounded to query's
+        dtype before they meet V and are divided, as the profiles fp16 and bf16 permit; a
+        product of float32 is three of TF32, to 2^-22 of its size.
+
+        S = softcap(scale · Q Kᵀ) + alibi + bias;  O = softmax(S) V
+
+    The same bits in every run, and for an item or a head whatever stands beside it.
+
+    Args:
+        query: Q, (..., h, n_q, d_k), at most four axes, float16, bfloat16 or float32.
+        key: K, (..., h_k, n_k, d_k); h is a multiple of h_k.
+        value: V, (..., h_k, n_k, d_v). Rows that do not begin at multiples of 16 bytes are copied.
+        **options: see `refattn.options.AttentionOptions`.
+
+    Returns:
+        output: O, (..., h, n_q, d_v), in query's dtype.
+        logsumexp: (..., h, n_q), nats, float32; -∞ for an empty row.
+
+    Raises:
+        ShapeError, DtypeError, OptionError: as the reference.
+        Unsupported: what these kernels do not claim.
+        BackendAbsent: nothing here runs a kernel.
+    """
+    machine.require()
+    problem = problem_of("cuda.attention", query, key, value, options)
+    variant = variant_of(problem.dtype, problem.features, problem.terms)
+    if machine.on_device(query) or not machine.absent_device():
+        machine.launch(variant, problem, blocks_of(variant, problem))
+    else:
+        emulated(problem, variant.tile)
+    return result_of(problem, query, value)
+
+
+def emulated(
+    problem: Problem,
+    tile: Tile,
+    *,
+    texts: Mapping[str, str] | None = None,
+    backwards: bool = False,
+) -> None:
+    """Run a problem in the emulation.
+
+    Args:
+        problem: of NumPy's arrays.
+        tile: in place of the one that a device would be given.
+        texts: other contents of some sources, by name.
+        backwards: the order of threads.
+
+    Raises:
+        EmulationError: the emulation found one.
+    """
+    variant = variant_of(problem.dtype, problem.features, problem.terms)._replace(tile=tile)
+    code = emulate.compiled(variant, texts)
+    blocks = blocks_of(variant, problem)
+    emulate.launch(code, problem.job, blocks, problem.arrays, backwards=backwards)
+
+
+def blocks_of(variant: Variant, problem: Problem) -> int:
+    """Return the blocks of the grid: one a tile of queries, of every head of every item."""
+    job = problem.job
+    return int(job.batch * job.heads * math.ceil(job.n_q / variant.tile.rows))
+
+
+def result_of(problem: Problem, query: Array, value: Array) -> AttentionResult:
+    """Return what a problem holds after it ran, in the shapes of the reference."""
+    shape: tuple[Any, ...] = (*query.shape[:-1], value.shape[-1])
+    output = problem.output[..., : value.shape[-1]].view(query.dtype)
+    return AttentionResult(output.reshape(shape), problem.logsumexp.reshape(query.shape[:-1]))

@@ -1,0 +1,279 @@
+// Algorithm 1 (FA1-ALG1) on tensor cores; line numbers are the listing's.
+//
+// A block owns a tile of ROWS queries and walks over tiles of COLS keys, as numba_cuda/rows.py does;
+// what it says about lines 5, 7, 8, 12 and 13 holds here. Three things are new:
+//
+// 1. Products are made by mma.sync, a warp its 16 or 32 rows, and S, P, O, l and m stay in registers. A
+//    thread has, of every 8 columns, columns 2 (lane % 4) and the next, in rows lane / 4 and that + 8:
+//    four lanes share a row, and tell each other its maximum by shuffles.
+// 2. While tile j is computed with, tile j + 1 is on its way into the other of two stages.
+// 3. Weights are powers of 2: e^(S - m) = 2^(S·unit - m·unit), one multiply-add and one ex2 a cell.
+//    S is q · k and the unit scale·log₂e where a product needs nothing but the scale (TERMS is 0);
+//    where it needs more, S is the logit and the unit log₂e.
+//
+// ROWS, COLS, FEATURES, WARPS, BLOCKS, Q_IN_REGISTERS, TERMS, BFLOAT16 and FLOAT32 are given to the compiler.
+#if FLOAT32
+#include "products32.h"
+#else
+#include "products16.h"
+#endif
+
+// A thread's rows of O_i, m_i and l_i.
+struct Lines {
+  float O[M_TILES][FEATURES / 8][4];
+  float m[M_TILES][2], l[M_TILES][2];
+};
+
+DEVICE int row_of(const Place& at, int t, int half) {
+  return at.i_first + at.warp * 16 * M_TILES + 16 * t + at.lane / 4 + 8 * half;
+}
+
+// Line 2.
+DEVICE void begin(Lines& my, const Job& job, const Place& at) {
+#pragma unroll
+  for (int t = 0; t < M_TILES; t++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      my.m[t][half] = LOWEST;
+      my.l[t][half] = 0.0f;
+      if (TERMS && job.sinks) {  // a logit that one lane of a row saw before any key (OWN-SINK1)
+        my.m[t][half] = read(job.sinks + at.h);
+        my.l[t][half] = at.lane % 4 ? 0.0f : 1.0f;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < FEATURES / 8; n++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) my.O[t][n][e] = 0.0f;
+    }
+  }
+}
+
+// What stands between line 9 and line 10: logits of products, -∞ where a cell is forbidden.
+DEVICE void to_logits(
+    float (&S)[M_TILES][COLS / 8][4], const Job& job, const Place& at, int j_first) {
+#pragma unroll
+  for (int t = 0; t < M_TILES; t++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int i = row_of(at, t, half);
+      const Span seen = keys_of_row(job, at.b, i);  // not held in registers from tile to tile
+#pragma unroll
+      for (int n = 0; n < COLS / 8; n++) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; e++) {
+          const int j = j_first + 8 * n + at.lane % 4 * 2 + e % 2;
+          if (j < seen.from || j >= seen.to) {
+            S[t][n][e] = LOWEST;
+          } else if (TERMS) {
+            const bool open = allowed(job, at, i, j);
+            S[t][n][e] = open ? logit(job, at, i, j, S[t][n][e]) : LOWEST;
+          }
+        }
+      }
+    }
+  }
+}
+
+// Lines 10, 11 and 13, and of line 12 what O_i is multiplied by. S becomes P, not yet divided by l.
+DEVICE void to_weights(float (&S)[M_TILES][COLS / 8][4], Lines& my, float unit) {
+#pragma unroll
+  for (int t = 0; t < M_TILES; t++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float m_new = my.m[t][half];
+#pragma unroll
+      for (int n = 0; n < COLS / 8; n++) {  // line 10
+        m_new = fmaxf(m_new, fmaxf(S[t][n][2 * half], S[t][n][2 * half + 1]));
+      }
+      m_new = fmaxf(m_new, shuffle_xor(m_new, 1));
+      m_new = fmaxf(m_new, shuffle_xor(m_new, 2));  // line 11
+      const float shift = m_new == LOWEST ? 0.0f : m_new * unit;  // -∞ - (-∞) is no number
+      const float old = ex2(my.m[t][half] * unit - shift);
+      my.m[t][half] = m_new;  // line 13
+      float l = old * my.l[t][half];
+#pragma unroll
+      for (int n = 0; n < COLS / 8; n++) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; e++) {
+          S[t][n][e] = ex2(S[t][n][e] * unit - shift);  // line 10, shifted by m_new at once
+          l += S[t][n][e];
+        }
+      }
+      my.l[t][half] = l;
+#pragma unroll
+      for (int n = 0; n < FEATURES / 8; n++) {  // line 12
+        my.O[t][n][2 * half] *= old;
+        my.O[t][n][2 * half + 1] *= old;
+      }
+    }
+  }
+}
+
+DEVICE void drop(float (&P)[M_TILES][COLS / 8][4], const Job& job, const Place& at, int j_first) {
+#pragma unroll
+  for (int t = 0; t < M_TILES; t++) {
+#pragma unroll
+    for (int n = 0; n < COLS / 8; n++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int i = row_of(at, t, e / 2), j = j_first + 8 * n + at.lane % 4 * 2 + e % 2;
+        if (i < job.n_q && j < job.n_k) P[t][n][e] = dropped(job, at, i, j, P[t][n][e]);
+      }
+    }
+  }
+}
+
+// A row of the output by the keys that it may read, one after another, the features shared by the
+// lanes. Tensor cores multiply the weight 0 of a forbidden cell with the value too, and 0 · NaN is NaN
+// (OWN-POISON1): a row that is not finite is made again, so that a row of poison costs time and
+// no other row anything.
+DEVICE void row_again(
+    const Job& job, const Place& at, int i, float shift, float inverse, float unit) {
+  const Number* q = job.query.data + at.b * job.query.batch + at.h * job.query.head + i * job.query.row;
+  const Number* K = job.key.data + at.b * job.key.batch + at.g * job.key.head;
+  const Number* V = job.value.data + at.b * job.value.batch + at.g * job.value.head;
+  const Span seen = keys_of_row(job, at.b, i);
+  float O[FEATURES / 32];
+#pragma unroll
+  for (int x = 0; x < FEATURES / 32; x++) O[x] = 0.0f;
+#pragma unroll 1
+  for (int j = seen.from; j < seen.to; j++) {
+    if (TERMS && !allowed(job, at, i, j)) continue;
+    float S = 0.0f;
+#pragma unroll 1
+    for (int x = at.lane; x < job.d_k; x += 32) {
+      S += widen(read(q + x)) * widen(read(K + j * job.key.row + x));
+    }
+#pragma unroll
+    for (int bits = 16; bits; bits /= 2) S += shuffle_xor(S, bits);
+    if (TERMS) S = logit(job, at, i, j, S);
+    float P = ex2(S * unit - shift);
+    if (TERMS) P = dropped(job, at, i, j, P);
+#pragma unroll
+    for (int x = 0; x < FEATURES / 32; x++) {
+      if (32 * x + at.lane < job.d_v) O[x] += P * widen(read(V + j * job.value.row + 32 * x + at.lane));
+    }
+  }
+  Number* to = job.output + (((i64)at.b * job.heads + at.h) * job.n_q + i) * job.d_v;
+#pragma unroll
+  for (int x = 0; x < FEATURES / 32; x++) {
+    if (32 * x + at.lane < job.d_v) to[32 * x + at.lane] = narrowed(O[x] * inverse);
+  }
+}
+
+// Lines 14 to 16: O_i divided by l_i, and the logsumexp. Every lane of a row has the same m, and its
+// own columns' part of l.
+DEVICE void finish(Lines& my, const Job& job, const Place& at, float unit) {
+  const i64 head = ((i64)at.b * job.heads + at.h) * job.n_q;
+#pragma unroll
+  for (int t = 0; t < M_TILES; t++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int i = row_of(at, t, half);
+      float l = my.l[t][half];
+      l += shuffle_xor(l, 1);
+      l += shuffle_xor(l, 2);
+      const float shift = my.m[t][half] == LOWEST ? 0.0f : my.m[t][half] * unit;
+      const float inverse = l == 0.0f ? 0.0f : 1.0f / l;  // OWN-EMPTY1
+      float odd = 0.0f;  // NaN if a number of O_i is not finite
+#pragma unroll
+      for (int n = 0; n < FEATURES / 8; n++) {  // of line 12
+        const float x = my.O[t][n][2 * half] *= inverse, y = my.O[t][n][2 * half + 1] *= inverse;
+        odd += x * 0.0f + y * 0.0f;
+      }
+      u32 again = ballot(i < job.n_q && odd != 0.0f);  // four lanes a row
+      const bool sound = (again >> at.lane / 4 * 4 & 15) == 0;
+      Number* to = job.output + (head + i) * job.d_v;
+#pragma unroll
+      for (int n = 0; n < FEATURES / 8; n++) {  // line 15
+        const int feature = 8 * n + at.lane % 4 * 2;
+        if (sound && i < job.n_q && feature < job.d_v) {
+          store_pair(to + feature, my.O[t][n][2 * half], my.O[t][n][2 * half + 1]);
+        }
+      }
+      if (i < job.n_q && at.lane % 4 == 0) {  // OWN-LSE1
+        job.logsumexp[head + i] = l == 0.0f ? LOWEST : shift * LN2 + logf(l);
+      }
+#pragma unroll 1
+      for (int row = 0; again; row++, again >>= 4) {
+        const float its_shift = shuffle(shift, 4 * row), its_inverse = shuffle(inverse, 4 * row);
+        const int its_i = i - at.lane / 4 + row;
+        if (again & 15) row_again(job, at, its_i, its_shift, its_inverse, unit);
+      }
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+attention_forward(const __grid_constant__ Job job) {
+  const Place at = place_of(job);  // lines 4 and 7
+  const float unit = TERMS ? LOG2E : job.scale * LOG2E;
+  const Number* query = job.query.data + at.b * job.query.batch + at.h * job.query.head;
+  const Number* key = job.key.data + at.b * job.key.batch + at.g * job.key.head;
+  const Number* value = job.value.data + at.b * job.value.batch + at.g * job.value.head;
+  const u32 Q_i = shared_memory(), stages = Q_i + Q_BYTES;
+
+  // The keys that some row of the tile sees, and those that every row sees. Rows from n_q on are not
+  // written, and forbid nothing; those of a shorter item are empty.
+  const int n_q = job.query_lengths[at.b] < job.n_q ? (int)job.query_lengths[at.b] : job.n_q;
+  const int i_end = at.i_first + ROWS < n_q ? at.i_first + ROWS : n_q;
+  const int n_k = job.key_lengths[at.b] < job.n_k ? (int)job.key_lengths[at.b] : job.n_k;
+  Span some = {0, 0}, every = {0, 0};
+  if (at.i_first < n_q) {
+    const Span top = keys_of_row(job, at.b, at.i_first), end = keys_of_row(job, at.b, i_end - 1);
+    some = {top.from / COLS * COLS, end.to};
+    if (n_q == job.n_q || at.i_first + ROWS <= n_q) every = {end.from, top.to};
+  }
+
+  const auto copy_stage = [&](int stage, int j_first) {  // line 6
+    const u32 K_j = stages + stage * STAGE_BYTES;
+    copy_tile<COLS>(K_j, key, job.key.row, j_first, n_k, job.d_k);
+    copy_tile<COLS>(K_j + K_BYTES, value, job.value.row, j_first, n_k, job.d_v);
+    cp_async_commit();
+  };
+  if (some.from < some.to) {  // line 8
+    copy_tile<ROWS>(Q_i, query, job.query.row, at.i_first, n_q, job.d_k);
+    cp_async_commit();
+    copy_stage(0, some.from);
+  }
+
+  Lines my;
+  begin(my, job, at);  // line 2
+  const u32 rows = left_address(Q_i, at.warp * 16 * M_TILES, at.lane);
+  u32 Q[Q_IN_REGISTERS ? M_TILES : 1][STEPS][4];
+  if (Q_IN_REGISTERS && some.from < some.to) {
+    cp_async_wait<1>();  // the first stage may still be on its way
+    barrier();
+#pragma unroll
+    for (int t = 0; t < M_TILES; t++) {
+#pragma unroll
+      for (int k = 0; k < STEPS; k++) ldmatrix_x4(Q[t][k], moved(rows, 16 * t, k));
+    }
+  }
+  int stage = 0;
+#pragma unroll 1
+  for (int j_first = some.from; j_first < some.to; j_first += COLS, stage ^= 1) {  // line 5
+    cp_async_wait<0>();
+    barrier();  // K_j and V_j are whole, and no warp reads the other stage any more
+    if (j_first + COLS < some.to) copy_stage(stage ^ 1, j_first + COLS);
+    const u32 K_j = stages + stage * STAGE_BYTES;
+    float S[M_TILES][COLS / 8][4] = {};
+    if (Q_IN_REGISTERS) {  // line 9
+      multiply_keys(S, [&](u32(&a)[4], int t, int k) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) a[e] = Q[t][k][e];
+      }, K_j, at.lane);
+    } else {
+      multiply_keys(S, [&](u32(&a)[4], int t, int k) {
+        ldmatrix_x4(a, moved(rows, 16 * t, k));
+      }, K_j, at.lane);
+    }
+    const bool whole = every.from <= j_first && j_first + COLS <= every.to;
+    if (TERMS || !whole) to_logits(S, job, at, j_first);
+    to_weights(S, my, unit);  // lines 10 to 13
+    if (TERMS && job.keep.data) drop(S, job, at, j_first);
+    multiply_values(my.O, S, K_j + K_BYTES, at.lane);  // line 12
+  }
+  finish(my, job, at, unit);  // lines 14 to 16
+}

@@ -1,0 +1,62 @@
+"""Certified vectors of attention, put to the emulated kernels in CUDA C++."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from refattn.backends import cast_floats
+from refattn.bounds import profile_of
+from refattn.judge import judge
+from refattn.vectors import core_pack
+from refattn.vectors.pack import Case, unbounded
+from refattn_gpu.cuda.attention import emulated, result_of
+from refattn_gpu.cuda.catalogue import FORMATS, Tile, most_features, variant_of
+from refattn_gpu.cuda.problem import problem_of
+from refattn_gpu.numba_cuda.problem import CLAIMED
+
+CASES = {
+    case.id: case
+    for case in core_pack().cases
+    if case.op == "attention" and set(FORMATS) & set(case.dtypes)
+}
+
+
+def declined(case: Case) -> bool:
+    given = {**case.parameters, **case.conventions}
+    return any(given.get(name, value) != value for name, value in CLAIMED.items())
+
+
+RUN = [name for name, case in CASES.items() if not declined(case)]
+
+
+def fits(case: Case, dtype: str) -> bool:
+    """Return whether a format of a vector is claimed, and bounded."""
+    if dtype not in case.dtypes or unbounded(case, profile_of(dtype)):
+        return False
+    d = max(case.inputs[name].shape[-1] for name in ("query", "value"))
+    return d <= most_features(dtype)
+
+
+JUDGED = [(name, dtype) for name in RUN for dtype in FORMATS if fits(CASES[name], dtype)]
+"""Vectors and formats in which a bound is claimed."""
+
+
+def forward(case: Case, dtype: str, tile: Tile | None = None, **more: Any) -> dict[str, Any]:
+    """Return the results of a vector's forward pass; the device's own tile if none is given."""
+    with np.errstate(over="ignore"):  # poison beyond the range of float16 is ∞
+        inputs = {n: cast_floats(np.asarray(x), dtype) for n, x in case.inputs.items()}
+    query, key, value = (inputs.pop(name) for name in ("query", "key", "value"))
+    given: Any = {n: x for n, x in inputs.items() if not n.startswith("d_")}
+    problem = problem_of("test", query, key, value, given | case.parameters | case.conventions)
+    variant = variant_of(problem.dtype, problem.features, problem.terms)
+    emulated(problem, tile or variant.tile, **more)
+    return result_of(problem, query, value)._asdict()
+
+
+def complaints(case: Case, outputs: dict[str, Any], dtype: str) -> list[str]:
+    """Return what is wrong with the results of a forward pass."""
+    known = {n: x for n, x in case.outputs.items() if n.startswith("d_")}  # not asked here
+    verdict = judge(case, {**outputs, **known}, profile_of(dtype))
+    return [f"{v.name}: {v.reason}" for v in verdict.outputs if not v.ok and v.name not in known]
