@@ -74,7 +74,8 @@ EXCEPTIONS = (
     "opposite. Flags must be bools.",
     "gradients of a row without a key, fused: torch's kernel by tiles loses the row's sum beside "
     "its finite logits, and gives n_k times the derivative of what it returned; here once.",
-    "masks longer than an axis of one key, on the numpy backend: it repeats the key; refused here.",
+    "masks longer than an axis of one key or head, on the numpy backend: it repeats what is one; "
+    "refused here.",
     "no batch items: the fused attention does not look at the mask then; here it must fit.",
     "a second call whose shapes the first would have refused: Keras checks them once.",
     "initializers, regularizers and constraints: they belong to training, not to the function.",

@@ -86,15 +86,17 @@ def mha_calls(draw: Any, *, version: int, dtype: str = "float64", some_keys: boo
     """Draw a MultiHeadAttention and a call: constructor, inputs, options, hung masks.
 
     `some_keys` keeps to what Keras's numpy backend can do, or sees: there is a key, and a mask of
-    another length does not meet the only key, which it would repeat. tf-keras repeats the only
-    query or key, too, but a causal mask of the first axis can do that over several axes only.
+    another length does not meet the only key or the only head, which it would repeat. tf-keras
+    repeats the only query or key, too, but a causal mask of the first axis can do that over several
+    axes only.
     """
     wrong = draw(st.sampled_from([w for w in WRONG if not (some_keys and w == "mask")]))
     ranks = [3, 3, 3, 4, 4, 5]
     shortest = {3: 1, 4: 1, 5: 1} if some_keys else {4: 2, 5: 2} if version == 2 else {}
     inputs, axes, (batch, ends), random = draw(inputs_and_axes(wrong, ranks, shortest))
     inputs = {name: x.astype(dtype) for name, x in inputs.items()}
-    rank, h, size = inputs["value"].ndim, draw(st.integers(1, 3)), st.integers(1, 3)
+    rank, size = inputs["value"].ndim, st.integers(1, 3)
+    h = draw(st.integers(2 if some_keys else 1, 3))
     named: dict[str, Any] = {"num_heads": -1 if wrong == "heads" else h, "key_dim": draw(size)}
     named |= {"value_dim": draw(st.one_of(st.none(), size)), "use_bias": draw(FLAG)}
     named["dropout"] = draw(st.sampled_from([0.0, 0.0, 0.5, 1.0]))
