@@ -7,8 +7,8 @@ takes the logit's place, and the mean of all values is left.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,14 +31,12 @@ from refattn.dialects.keras3_mha import CONVENTIONS
 from refattn.dialects.keras_arguments import attended_axes, check_call, check_dropout, output_axes
 from refattn.dialects.keras_layer import (
     Call,
-    Form,
     LayerGradients,
     backward,
     forward,
-    named,
-    shapes_of,
 )
 from refattn.dialects.keras_masks import both, merged
+from refattn.dialects.keras_weights import Form, Layer
 
 FUNCTION = "keras2.MultiHeadAttention"
 """The name in error sentences."""
@@ -94,7 +92,7 @@ DIALECT = Dialect(
 
 
 @dataclass(frozen=True)
-class MultiHeadAttention:
+class MultiHeadAttention(Layer):
     """tf_keras.layers.MultiHeadAttention with its constructor; weights come by `set_weights`.
 
     Spec: VAS-S322a, VAS-S322b, OWN-AXES1, OWN-DROPOUT1.
@@ -123,7 +121,6 @@ class MultiHeadAttention:
     output_shape: int | Sequence[int] | None = None
     attention_axes: int | Sequence[int] | None = None
     softmax_robust_masking: bool = False
-    weights: Mapping[str, Array] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         check_counts(FUNCTION, num_heads=self.num_heads, key_dim=self.key_dim)
@@ -141,27 +138,6 @@ class MultiHeadAttention:
         d_v, out = self.value_dim or self.key_dim, output_axes(FUNCTION, self.output_shape)
         h, d_k = self.num_heads, self.key_dim
         return Form(FUNCTION, h, h, d_k, d_v, out, self.use_bias, False)
-
-    def weight_shapes(
-        self,
-        query_shape: Sequence[int],
-        value_shape: Sequence[int],
-        key_shape: Sequence[int] | None = None,
-    ) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every weight, by Keras's name and in Keras's order."""
-        return shapes_of(self.form, query_shape, value_shape, key_shape)
-
-    def set_weights(self, weights: Sequence[Any]) -> MultiHeadAttention:
-        """Return the layer with weights in Keras's order.
-
-        Raises:
-            OptionError, ShapeError, DtypeError: number, a shape or a dtype is another one.
-        """
-        return replace(self, weights=named(self.form, weights))
-
-    def get_weights(self) -> list[Array]:
-        """Return copies of the weights in Keras's order."""
-        return [weight.copy() for weight in self.weights.values()]
 
     def call(
         self,

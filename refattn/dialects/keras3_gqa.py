@@ -6,8 +6,7 @@ and a mask of numbers has two readings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,14 +25,12 @@ from refattn.dialects.keras3_mha import CONVENTIONS, EXCEPTIONS
 from refattn.dialects.keras_arguments import check_call, check_dropout
 from refattn.dialects.keras_layer import (
     Call,
-    Form,
     LayerGradients,
     backward,
     forward,
-    named,
-    shapes_of,
 )
 from refattn.dialects.keras_masks import both, merged
+from refattn.dialects.keras_weights import Form, Layer
 
 FUNCTION = "keras3.GroupQueryAttention"
 """The name in error sentences."""
@@ -66,7 +63,7 @@ DIALECT = Dialect(
 
 
 @dataclass(frozen=True)
-class GroupQueryAttention:
+class GroupQueryAttention(Layer):
     """keras.layers.GroupQueryAttention with Keras's constructor; see `set_weights`.
 
     Spec: VAS-S322a, VAS-S322b, OWN-GQA1, OWN-GATE1, OWN-WINDOW1, OWN-DROPOUT1.
@@ -96,7 +93,6 @@ class GroupQueryAttention:
     flash_attention: bool | None = None
     use_gate: bool = False
     seed: int | None = None
-    weights: Mapping[str, Array] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         h, h_k, _ = check_counts(
@@ -119,27 +115,6 @@ class GroupQueryAttention:
         """What fixes the shapes of the weights."""
         d, h, h_k = self.head_dim, self.num_query_heads, self.num_key_value_heads
         return Form(FUNCTION, h, h_k, d, d, None, self.use_bias, self.use_gate)
-
-    def weight_shapes(
-        self,
-        query_shape: Sequence[int],
-        value_shape: Sequence[int],
-        key_shape: Sequence[int] | None = None,
-    ) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every weight, by Keras's name and in Keras's order."""
-        return shapes_of(self.form, query_shape, value_shape, key_shape)
-
-    def set_weights(self, weights: Sequence[Any]) -> GroupQueryAttention:
-        """Return the layer with weights in Keras's order.
-
-        Raises:
-            OptionError, ShapeError, DtypeError: number, a shape or a dtype is another one.
-        """
-        return replace(self, weights=named(self.form, weights))
-
-    def get_weights(self) -> list[Array]:
-        """Return copies of the weights in Keras's order."""
-        return [weight.copy() for weight in self.weights.values()]
 
     def call(
         self,

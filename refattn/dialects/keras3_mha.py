@@ -7,8 +7,8 @@ large finite number to its backend's fused attention, and such a row is the mean
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from refattn.arrays import Array
@@ -22,14 +22,12 @@ from refattn.dialects.keras_arguments import (
 )
 from refattn.dialects.keras_layer import (
     Call,
-    Form,
     LayerGradients,
     backward,
     forward,
-    named,
-    shapes_of,
 )
 from refattn.dialects.keras_masks import both, merged
+from refattn.dialects.keras_weights import Form, Layer
 
 FUNCTION = "keras3.MultiHeadAttention"
 """The name in error sentences."""
@@ -102,7 +100,7 @@ DIALECT = Dialect(
 
 
 @dataclass(frozen=True)
-class MultiHeadAttention:
+class MultiHeadAttention(Layer):
     """keras.layers.MultiHeadAttention with Keras's constructor; weights come by `set_weights`.
 
     Spec: VAS-S322a, VAS-S322b, OWN-AXES1, OWN-GATE1, OWN-WINDOW1, OWN-DROPOUT1.
@@ -137,7 +135,6 @@ class MultiHeadAttention:
     flash_attention: bool | None = None
     use_gate: bool = False
     seed: int | None = None
-    weights: Mapping[str, Array] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         check_counts(FUNCTION, num_heads=self.num_heads, key_dim=self.key_dim)
@@ -153,27 +150,6 @@ class MultiHeadAttention:
         d_v, out = self.value_dim or self.key_dim, output_axes(FUNCTION, self.output_shape)
         h, d_k = self.num_heads, self.key_dim
         return Form(FUNCTION, h, h, d_k, d_v, out, self.use_bias, self.use_gate)
-
-    def weight_shapes(
-        self,
-        query_shape: Sequence[int],
-        value_shape: Sequence[int],
-        key_shape: Sequence[int] | None = None,
-    ) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every weight, by Keras's name and in Keras's order."""
-        return shapes_of(self.form, query_shape, value_shape, key_shape)
-
-    def set_weights(self, weights: Sequence[Any]) -> MultiHeadAttention:
-        """Return the layer with weights in Keras's order.
-
-        Raises:
-            OptionError, ShapeError, DtypeError: number, a shape or a dtype is another one.
-        """
-        return replace(self, weights=named(self.form, weights))
-
-    def get_weights(self) -> list[Array]:
-        """Return copies of the weights in Keras's order."""
-        return [weight.copy() for weight in self.weights.values()]
 
     def call(
         self,

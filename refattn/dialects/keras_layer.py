@@ -7,7 +7,7 @@ are a second one, at the identity as value and without dropout.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,25 +26,11 @@ from refattn.checks import (
     given,
 )
 from refattn.dialects.keras_masks import spread
+from refattn.dialects.keras_weights import Form
 from refattn.dialects.lowering import Lowered, attend, attend_backward, lower
 
 SUNK = -0.7 * 3.38953e38
 """What Keras 3 adds to a masked logit before the fused attention; it swallows the logit."""
-
-
-class Form(NamedTuple):
-    """What fixes the shapes of a layer's weights, but for the features of its inputs."""
-
-    function: str
-    """The name in error sentences."""
-    heads: int
-    key_heads: int
-    key_dim: int
-    value_dim: int
-    output_shape: tuple[int, ...] | None
-    """Trailing axes of the output; the features of query if None."""
-    use_bias: bool
-    use_gate: bool
 
 
 class Call(NamedTuple):
@@ -87,57 +73,6 @@ class Prepared(NamedTuple):
     """The attention whose output is the weights before dropout."""
     lengths: tuple[tuple[int, ...], tuple[int, ...]]
     """Sizes of the axes that are attended over, of query and of value."""
-
-
-def contracts(form: Form) -> dict[str, str]:
-    """Return the shape contract of every weight by Keras's name for it, in Keras's order.
-
-    Spec: VAS-S322b.
-    """
-    h, h_k, d_k, d_v = form.heads, form.key_heads, form.key_dim, form.value_dim
-    out = "e_q" if form.output_shape is None else " ".join(map(str, form.output_shape))
-    parts = {"query": f"{h} {d_k}", "key": f"{h_k} {d_k}", "gate": f"{h} {d_v}"}
-    parts |= {"value": f"{h_k} {d_v}", "attention_output": out}
-    features = {"query": "e_q", "key": "e_k", "gate": "e_q", "value": "e_v"}
-    found = {}
-    for part, shape in parts.items():
-        if part == "gate" and not form.use_gate:
-            continue
-        found[f"{part}/kernel"] = f"{features.get(part, f'{h} {d_v}')} {shape}"
-        if form.use_bias:
-            found[f"{part}/bias"] = shape
-    return found
-
-
-def shapes_of(
-    form: Form, query: Sequence[int], value: Sequence[int], key: Sequence[int] | None
-) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight for inputs of given shapes."""
-    features = (query, value if key is None else key, value)
-    sizes = {n: s[-1] for n, s in zip(("e_q", "e_k", "e_v"), features, strict=True)}
-    return {
-        name: tuple(int(sizes.get(letter, letter)) for letter in contract.split())
-        for name, contract in contracts(form).items()
-    }
-
-
-def named(form: Form, weights: Sequence[Any]) -> dict[str, Array]:
-    """Return copies of a layer's weights, which come in Keras's order, by name.
-
-    Raises:
-        OptionError: there are more or fewer than the layer has.
-        ShapeError, DtypeError: a shape is another one, or the dtypes are not one float.
-    """
-    expected = contracts(form)
-    if len(weights) != len(expected):
-        raise OptionError(
-            f"weights holds {len(weights)} arrays, but the layer has {', '.join(expected)} "
-            f"[{form.function}]"
-        )
-    arrays = {name: np.array(w) for name, w in zip(expected, weights, strict=True)}
-    check_shapes(form.function, **{name: (arrays[name], expected[name]) for name in expected})
-    check_floats(form.function, **arrays)
-    return arrays
 
 
 @np.errstate(all="ignore")  # IEEE values travel silently
