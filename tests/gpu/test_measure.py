@@ -88,7 +88,7 @@ def test_conformance_counts_runs_by_backend_and_dtype(whole: dict[str, Any]) -> 
 def test_determinism_counts_different_results(whole: dict[str, Any]) -> None:
     found = whole["stages"]["determinism"]["results"]
     # two formats, two forms, forward and backward; and the kernels in CUDA C++
-    assert len(found) == 8 + 2 * (not absent())
+    assert len(found) == 8 + 4 * (not absent())
     for value in found.values():
         assert (value["results"], value["moved"]) == (1, [])
 
