@@ -15,8 +15,12 @@ from optional import require_device
 from refattn.backends import Unsupported
 from refattn.checks import DtypeError, ShapeError
 from refattn_gpu import cuda
-from refattn_gpu.cuda import emulate
-from refattn_gpu.cuda.catalogue import SMALL, Tile, Variant, variants
+from refattn_gpu.cuda import emulate, machine
+from refattn_gpu.cuda.attention import emulated
+from refattn_gpu.cuda.attention_backward import emulated as emulated_kernel
+from refattn_gpu.cuda.attention_backward import gradients_of, prepare
+from refattn_gpu.cuda.catalogue import SMALL, Tile, Variant, backward_variants, variants
+from refattn_gpu.cuda.problem import address, problem_of
 
 DTYPES = {
     "float16": np.dtype(np.float16),
@@ -203,6 +207,33 @@ def test_a_forward_result_that_is_given_is_not_computed_again() -> None:
     other = forward._replace(logsumexp=forward.logsumexp + 1)
     moved = cuda.attention_backward(d_output, *arrays, forward=other)
     assert not np.array_equal(moved.d_value, given.d_value)
+
+
+def test_a_job_may_be_moved_to_copies_of_its_arrays() -> None:
+    d_output, *operands = problem(d=16)
+    options: Any = {"slopes": np.float16([0.5, 0.25]), "bias": np.zeros((37, 53), np.float16)}
+    here = run([d_output, *operands], SMALL, **options)
+    there = problem_of("test", *operands, options)
+    emulated(there, SMALL)
+    gradients = prepare(there, d_output, None, None, options)
+    for variant in backward_variants("float16", 16, terms=True):
+        hosts = [*there.arrays, there.logsumexp, *gradients]
+        copies = [aligned_copy(machine.raw_bytes(host)) for host in hosts]
+        job = machine.relocated(there.job, hosts, [address(copy) for copy in copies])
+        moved = there._replace(job=job, arrays=copies)
+        emulated_kernel(variant, moved, gradients, tile=SMALL)
+        for host, copy in zip(gradients, copies[-len(gradients) :], strict=True):
+            machine.raw_bytes(host)[:] = copy
+    found = gradients_of(there, gradients, tuple(operands), options)
+    assert all(map(np.array_equal, here[:5], found[:5]))
+    assert here.d_bias.any()
+
+
+def aligned_copy(data: np.ndarray) -> np.ndarray:
+    room = np.zeros(data.size + 16, np.uint8)
+    copy = room[-address(room) % 16 :][: data.size]
+    copy[:] = data
+    return copy
 
 
 def test_axes_are_added_where_the_reference_needs_none() -> None:
