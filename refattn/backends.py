@@ -58,7 +58,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     "numpy-tiled": ("attention",),
     "numba": ("attention", "rope", "alibi"),
     "numba-cuda": ("attention", "rope", "alibi", "merge"),
-    "cuda-cpp": ("attention",),  # its forward pass
+    "cuda-cpp": ("attention",),
     # what is counted or drawn on the host, as GELU's error function is, says nothing of a device
     "cupy": tuple(op for op in OPS if op not in ("traffic", "keep_mask", "gated_cross_attention")),
 }
@@ -76,11 +76,6 @@ TABLE_TEXT = frozenset({"OWN-ROPE4", "OWN-ROPE5"})
 SLOPE_TEXT = frozenset({"ALIBI-S3b", "ALIBI-S3c"})
 """Clauses of the slopes of a linear bias; a kernel is given those of the reference."""
 
-GRADIENT_TEXT = frozenset(
-    {"FA1-ALG4", "OWN-BACKWARD1", "NUM-BACKWARD1", "OWN-BIAS1", "OWN-DROPOUT1"}
-)
-"""Clauses of attention whose vectors all ask for gradients."""
-
 UNSTATED = {
     ("numpy", "attention"): TILED_TEXT,
     ("numpy-tiled", "attention"): MATRIX_TEXT,
@@ -90,7 +85,7 @@ UNSTATED = {
     ("numba-cuda", "attention"): MATRIX_TEXT,
     ("numba-cuda", "rope"): TABLE_TEXT,
     ("numba-cuda", "alibi"): SLOPE_TEXT,
-    ("cuda-cpp", "attention"): MATRIX_TEXT | GRADIENT_TEXT,
+    ("cuda-cpp", "attention"): MATRIX_TEXT,
     ("cupy", "attention"): TILED_TEXT,
     ("cupy", "rope"): TABLE_TEXT,
     ("cupy", "alibi"): SLOPE_TEXT,

@@ -206,7 +206,7 @@ def test_a_backend_is_credited_with_the_clauses_that_its_text_states() -> None:
     assert claiming("ROPE-EQ34", {"rope"}) == ("numpy", "numba", "numba-cuda", "cupy")
     assert claiming("OWN-ROPE5", {"rope"}) == claiming("ALIBI-S3c", {"alibi"}) == ("numpy",)
     assert claiming("VAS-EQ1", {"attention"}) == ("numpy", "numpy-tiled", "numba", *GPU)
-    assert claiming("FA1-ALG4", {"attention"}) == ("numpy-tiled", "numba", "numba-cuda")
+    assert claiming("FA1-ALG4", {"attention"}) == ("numpy-tiled", "numba", "numba-cuda", "cuda-cpp")
     tiled = {"attention", "tiles"}
     assert claiming("FA1-ALG1", tiled) == ("numpy", "numpy-tiled", "numba", *GPU)
     assert claiming("FA1-ALG3", {"attention"}) == ("numpy", "cupy")

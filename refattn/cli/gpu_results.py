@@ -124,5 +124,9 @@ def _show_plain(results: dict[str, Any]) -> None:
         print(f"{name}: {words}")
 
 
-_SHOW = {"conformance": _show_conformance, "timing": _show_timing}
+_SHOW = {
+    "conformance": _show_conformance,
+    "timing": _show_timing,
+    "gradients": _show_timing,
+}
 """Stages with a table of their own."""

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from cuda_cases import CASES, complaints, forward
+from cuda_cases import CASES, Fault, complaints, forward
 from optional import require_device
 from refattn_gpu.cuda import emulate, store
 from refattn_gpu.cuda.catalogue import SMALL, Tile
@@ -37,21 +36,8 @@ POISON = "attention-poison-causal"
 WIDE = Tile(32, 32, 2, 1, False)
 """A tile of two steps of keys, which reads Q_i for each."""
 
-NUMBERS = "output|logsumexp"
-"""What is said of a fault that the bounds reject."""
-
-
 LAST = ((VECTORS[0], "float16", WIDE), (VECTORS[-1], "float32", SMALL))
 """Tries for what only they reach."""
-
-
-class Fault(NamedTuple):
-    """One line of a source, what stands in its place, and what is said of it."""
-
-    source: str
-    line: str
-    instead: str
-    found: str = NUMBERS
 
 
 FAULTS = {

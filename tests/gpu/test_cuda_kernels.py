@@ -93,7 +93,11 @@ def test_every_option_agrees_with_the_reference(first: int) -> None:
 
 
 @pytest.mark.clause("FA1-ALG1")
-@pytest.mark.parametrize("variant", variants(), ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    "variant",
+    [variant for variant in variants() if variant.kernel == "forward"],
+    ids=lambda variant: variant.name,
+)
 def test_the_tiles_of_a_device_give_what_the_small_ones_give(variant: Any) -> None:
     d = variant.features - 8
     arrays = problem(n_q=131, n_k=139, d=d, d_v=d, h=1, dtype=variant.dtype)

@@ -88,7 +88,7 @@ def test_conformance_counts_runs_by_backend_and_dtype(whole: dict[str, Any]) -> 
 def test_determinism_counts_different_results(whole: dict[str, Any]) -> None:
     found = whole["stages"]["determinism"]["results"]
     # two formats, two forms, forward and backward; and the kernels in CUDA C++
-    assert len(found) == 8 + 2 * (not absent())
+    assert len(found) == 8 + 4 * (not absent())
     for value in found.values():
         assert (value["results"], value["moved"]) == (1, [])
 
@@ -109,6 +109,19 @@ def test_timing_has_every_subject_or_why_it_refused(whole: dict[str, Any]) -> No
         for row in shape["subjects"].values():
             assert 0 < row["low"] <= row["seconds"] <= row["high"]
             assert row["rms_error"] <= row["max_error"] < 0.01
+
+
+def test_gradients_have_every_subject_or_why_it_refused(whole: dict[str, Any]) -> None:
+    found = whole["stages"]["gradients"]["results"]
+    assert [shape["causal"] for shape in found.values()] == [False, True]
+    for shape in found.values():
+        assert "refattn tiles float32" in shape["subjects"]
+        fast = {"refattn cuda-cpp float16", "refattn cuda-cpp float32"}
+        assert absent() or fast <= set(shape["subjects"])
+        named = set(shape["subjects"]) | set(shape["refused"])
+        assert {"torch flash float16", "torch math float32"} <= named
+        for row in shape["subjects"].values():
+            assert 0 < row["low"] <= row["seconds"] <= row["high"]
 
 
 def test_a_tool_that_is_absent_is_said_to_be(

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from refattn_gpu.cuda.attention import attention
+from refattn_gpu.cuda.attention_backward import attention_backward
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_backward"]

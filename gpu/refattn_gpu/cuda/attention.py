@@ -45,12 +45,18 @@ def attention(
     """
     machine.require()
     problem = problem_of("cuda.attention", query, key, value, options)
+    run_forward(problem)
+    return result_of(problem, query, value)
+
+
+def run_forward(problem: Problem) -> None:
+    """Run a problem on the device, or in the emulation where there is none."""
     variant = variant_of(problem.dtype, problem.features, problem.terms)
-    if machine.on_device(query) or not machine.absent_device():
-        machine.launch(variant, problem, blocks_of(variant, problem))
+    if machine.on_device(problem.output) or not machine.absent_device():
+        results = [problem.output, problem.logsumexp]
+        machine.launch(variant, problem.job, blocks_of(variant, problem), problem.arrays, results)
     else:
         emulated(problem, variant.tile)
-    return result_of(problem, query, value)
 
 
 def emulated(

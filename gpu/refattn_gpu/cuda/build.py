@@ -21,7 +21,15 @@ from refattn_gpu.ptx import Usage, usage_of
 REMEDY = 'pip install "cuda-bindings>=13" nvidia-cuda-nvrtc (or "refattn[cuda13]")'
 """What brings the compiler."""
 
-HEADERS = ("job.h", "cells.h", "tiles.h", "products16.h", "products32.h", "device/primitives.h")
+HEADERS = (
+    "job.h",
+    "cells.h",
+    "tiles.h",
+    "products16.h",
+    "products32.h",
+    "gradients.h",
+    "device/primitives.h",
+)
 """What a kernel includes; a header is included by its bare name."""
 
 SERIAL = re.compile(r"C75(?:08|10|14)")
@@ -90,7 +98,7 @@ def build(variant: Variant, target: str, texts: Mapping[str, str] | None = None)
 
 def sources_of(variant: Variant, headers: tuple[str, ...]) -> dict[str, str]:
     """Return the texts of a variant by name, the kernel's own first."""
-    names = (f"{variant.kernel}.cu", *headers)
+    names = (variant.source, *headers)
     return {name: (SOURCES / name).read_text("utf-8") for name in names}
 
 

@@ -16,17 +16,28 @@ TARGETS = ("sm_80", "sm_90a")
 """A100 and H100."""
 
 
-ENTRIES = {"forward": "attention_forward", "instructions": "single_instructions"}
-"""The kernel in each source."""
+ENTRIES = {
+    "forward": "attention_forward",
+    "backward_query": "attention_backward_query",
+    "backward_key": "attention_backward_key",
+    "backward_only_key": "attention_backward_key",
+    "backward_only_value": "attention_backward_key",
+    "instructions": "single_instructions",
+}
+"""The function that each kernel is."""
+
+BACKWARD = ("backward_query", "backward_key", "backward_only_key", "backward_only_value")
+"""The kernels of backward passes: of dQ, of dK and dV, and of one of these where both do not fit a
+thread's registers."""
 
 
 class Tile(NamedTuple):
     """How a block shares its work."""
 
     rows: int
-    """B_r: queries of a block."""
+    """B_r: queries of a block; keys where it makes dK and dV."""
     cols: int
-    """B_c: keys of a tile; two tiles are in shared memory at a time."""
+    """B_c: keys, or queries, of a tile; two tiles are in shared memory at a time."""
     warps: int
     """Of a block; each has 16 or 32 of the rows."""
     blocks: int
@@ -39,7 +50,7 @@ class Variant(NamedTuple):
     """One kernel as it is compiled."""
 
     kernel: str
-    """Its source, without the suffix."""
+    """One of `ENTRIES`."""
     dtype: str
     features: int
     terms: bool
@@ -53,6 +64,11 @@ class Variant(NamedTuple):
         return f"{self.kernel} {self.dtype} d{self.features} {kind}"
 
     @property
+    def source(self) -> str:
+        """The file that it is compiled from."""
+        return "backward_key.cu" if "_only_" in self.kernel else f"{self.kernel}.cu"
+
+    @property
     def entry(self) -> str:
         """The name of the function."""
         return ENTRIES[self.kernel]
@@ -64,8 +80,14 @@ class Variant(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        """Of a block: Q_i, and two stages of K_j and V_j."""
-        return itemsize(self.dtype) * self.features * (self.tile.rows + 4 * self.tile.cols)
+        """Of a block: its own tiles, and two stages of K_j and V_j, or of Q_i and dO_i."""
+        own = self.own_tiles * self.tile.rows
+        return itemsize(self.dtype) * self.features * (own + 4 * self.tile.cols)
+
+    @property
+    def own_tiles(self) -> int:
+        """Q_i; or Q_i and dO_i, or K_j and V_j."""
+        return 2 if self.kernel in BACKWARD else 1
 
     def defines(self) -> dict[str, int]:
         """Return what the compiler is told."""
@@ -77,6 +99,9 @@ class Variant(NamedTuple):
             "WARPS": warps,
             "BLOCKS": blocks,
             "Q_IN_REGISTERS": int(q_in_registers),
+            "OWN_TILES": self.own_tiles,
+            "GIVES_KEY": int(self.kernel != "backward_only_value"),
+            "GIVES_VALUE": int(self.kernel != "backward_only_key"),
             "TERMS": int(self.terms),
             "BFLOAT16": int(self.dtype == "bfloat16"),
             "FLOAT32": int(self.dtype == "float32"),
@@ -108,6 +133,42 @@ FLOAT32 = {
 }
 """The same for float32, with and without terms; the parts of 256 features do not fit registers."""
 
+NARROW = Tile(128, 16, 8, 1, False)
+"""What fits of the widest heads: beside a sum of theirs there is room for little."""
+
+BACKWARD16 = {
+    "backward_query": {
+        32: Tile(128, 64, 8, 1, False),
+        64: Tile(128, 64, 8, 1, False),
+        128: Tile(128, 32, 8, 1, False),
+        256: NARROW,
+    },
+    "backward_key": {
+        32: Tile(128, 64, 8, 1, False),
+        64: Tile(128, 32, 8, 1, False),
+        128: Tile(128, 32, 8, 1, False),
+    },
+    "backward_only_key": {256: NARROW},
+    "backward_only_value": {256: NARROW},
+}
+"""Tiles of 16 bits for gradients, by kernel and features."""
+
+KEYS_TERMS = {**BACKWARD16["backward_key"], 128: NARROW}
+"""The same for dK and dV where logits are made of more: at twice the columns 16 bytes spilled on an
+H100."""
+
+BACKWARD32 = {
+    "backward_query": {
+        32: Tile(128, 32, 8, 1, False),
+        64: Tile(128, 32, 8, 1, False),
+        128: NARROW,
+    },
+    "backward_key": {32: Tile(128, 32, 8, 1, False), 64: Tile(128, 32, 8, 1, False)},
+    "backward_only_key": {128: NARROW},
+    "backward_only_value": {128: NARROW},
+}
+"""Tiles of float32, likewise, with and without terms."""
+
 SMALL = Tile(32, 16, 2, 1, True)
 """A tile for the emulation: two warps, and many tiles of a short sequence."""
 
@@ -122,27 +183,45 @@ def features_for(d: int) -> int:
     return next(most for most in FEATURES if d <= most)
 
 
-def variant_of(dtype: str, d: int, terms: bool) -> Variant:
-    """Return the variant for heads of at most d features.
+def tiles_of(kernel: str, dtype: str, terms: bool) -> dict[int, Tile]:
+    """Return the tiles of a kernel by features."""
+    wide = dtype == "float32"
+    if kernel == "backward_key" and terms and not wide:
+        return KEYS_TERMS
+    if kernel in BACKWARD:
+        return (BACKWARD32 if wide else BACKWARD16)[kernel]
+    return FLOAT32 if wide else TERMS if terms else PLAIN
+
+
+def variant_of(dtype: str, d: int, terms: bool, kernel: str = "forward") -> Variant:
+    """Return the variant of a kernel for heads of at most d features.
 
     It depends on nothing else: not on the batch, nor on the number of rows.
     """
     features = features_for(d)
-    tiles = FLOAT32 if dtype == "float32" else TERMS if terms else PLAIN
-    return Variant("forward", dtype, features, terms, tiles[features])
+    return Variant(kernel, dtype, features, terms, tiles_of(kernel, dtype, terms)[features])
+
+
+def backward_variants(dtype: str, d: int, terms: bool) -> list[Variant]:
+    """Return the kernels of a backward pass, in the order in which they run."""
+    return [
+        variant_of(dtype, d, terms, kernel)
+        for kernel in BACKWARD
+        if features_for(d) in tiles_of(kernel, dtype, terms)
+    ]
 
 
 def most_features(dtype: str) -> int:
-    """Return the features of the largest head that a format has a variant for."""
+    """Return the features of the largest head that a format has variants for."""
     return max(FLOAT32) if dtype == "float32" else FEATURES[-1]
 
 
 def variants() -> list[Variant]:
     """Return every variant that a device may be given."""
     return [
-        variant_of(dtype, d, terms)
+        variant_of(dtype, d, terms, kernel)
+        for kernel in ("forward", *BACKWARD)
         for dtype in FORMATS
-        for d in FEATURES
-        if d <= most_features(dtype)
+        for d in tiles_of(kernel, dtype, terms=False)
         for terms in (False, True)
     ]

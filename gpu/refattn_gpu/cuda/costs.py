@@ -78,11 +78,21 @@ def disassembly(code: bytes) -> str:
     return done.stdout
 
 
+PRODUCTS = {
+    "forward": ("S", "O"),
+    "backward_query": ("S", "dP", "dQ"),
+    "backward_key": ("S", "dP", "dV", "dK"),
+    "backward_only_key": ("S", "dP", "dK"),
+    "backward_only_value": ("S", "dV"),
+}
+"""Products of tiles that each kernel makes in a turn of its loop."""
+
+
 def products(variant: Variant) -> int:
-    """Return how many mma a warp makes for a tile of keys, for S = Q Kᵀ and for O += P V."""
+    """Return how many mma a warp makes in a turn."""
     rows, cols, warps, *_ = variant.tile
     steps = variant.features // 16 if variant.dtype != "float32" else 3 * (variant.features // 8)
-    return 2 * (rows // warps // 16) * (cols // 8) * steps
+    return len(PRODUCTS[variant.kernel]) * (rows // warps // 16) * (cols // 8) * steps
 
 
 def main(words: list[str] | None = None) -> int:

@@ -30,6 +30,7 @@ HEADERS = (
     "tiles.h",
     "products16.h",
     "products32.h",
+    "gradients.h",
     "emulated/primitives.h",
     "emulated/machine.h",
     "emulated/launch.cpp",
@@ -62,16 +63,17 @@ def compiled(variant: Variant, texts: Mapping[str, str] | None = None) -> bytes:
 
     Args:
         variant: to compile.
-        texts: other contents of some sources, by name.
+        texts: other contents of some sources, by name; those of other kernels are left aside.
 
     Raises:
         BuildError: there is no compiler, or it refuses the source.
     """
     if why := no_gxx():
         raise BuildError(why)
-    sources = sources_of(variant, HEADERS) | dict(texts or {})
+    sources = sources_of(variant, HEADERS)
+    sources |= {name: text for name, text in (texts or {}).items() if name in sources}
     defines = [f"-D{name}={value}" for name, value in variant.defines().items()]
-    options = [*FLAGS, *defines, f'-DKERNEL_FILE="{variant.kernel}.cu"', f"-DENTRY={variant.entry}"]
+    options = [*FLAGS, *defines, f'-DKERNEL_FILE="{variant.source}"', f"-DENTRY={variant.entry}"]
     name = digest_of([_release(), *options, *(x for item in sources.items() for x in item)])
     return kept(f"{name}.so", lambda: _compile(variant, sources, options))
 

@@ -59,7 +59,8 @@ def emulated(dtype: str, *, backwards: bool = False) -> np.ndarray[Any, Any]:
 def launched(dtype: str) -> np.ndarray[Any, Any]:
     """Return the words of the device."""
     problem = problem_of(dtype)
-    machine.launch(variant_of(dtype), problem, 1)
+    results = [problem.output, problem.logsumexp]
+    machine.launch(variant_of(dtype), problem.job, 1, problem.arrays, results)
     return np.asarray(problem.output)
 
 

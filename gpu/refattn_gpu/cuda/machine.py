@@ -16,7 +16,7 @@ from refattn.backends import BackendAbsent
 from refattn_gpu import cupy_text
 from refattn_gpu.cuda import build, emulate
 from refattn_gpu.cuda.catalogue import Variant
-from refattn_gpu.cuda.problem import Problem, address
+from refattn_gpu.cuda.problem import address
 from refattn_gpu.cuda.records import BYTES, Cells, Job, Rows
 
 OLDEST = (8, 0)
@@ -67,17 +67,27 @@ def target() -> str:
     return f"sm_{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
 
 
-def launch(variant: Variant, problem: Problem, blocks: int) -> None:
-    """Run a kernel on the current device and stream; arrays of NumPy travel there and back."""
+def launch(
+    variant: Variant, job: Job, blocks: int, reads: list[Array], writes: list[Array]
+) -> None:
+    """Run a kernel on the current device and stream; arrays of NumPy travel there and back.
+
+    Args:
+        variant: the kernel.
+        job: which points into the arrays.
+        blocks: of the grid.
+        reads: arrays that it reads only.
+        writes: arrays that it writes.
+    """
     if not blocks:
         return
-    if on_device(problem.output):
-        _start(variant, problem.job, blocks)
+    if on_device(writes[0]):
+        _start(variant, job, blocks)
         return
-    cupy, hosts = _cupy(), [*problem.arrays, problem.output, problem.logsumexp]
+    cupy, hosts = _cupy(), [*reads, *writes]
     copies = [cupy.asarray(raw_bytes(host)) for host in hosts]
-    _start(variant, relocated(problem.job, hosts, [address(copy) for copy in copies]), blocks)
-    for host, copy in zip(hosts[-2:], copies[-2:], strict=True):
+    _start(variant, relocated(job, hosts, [address(copy) for copy in copies]), blocks)
+    for host, copy in zip(writes, copies[len(reads) :], strict=True):
         raw_bytes(host)[:] = cupy.asnumpy(copy)
 
 

@@ -55,9 +55,9 @@ def problem_of(
     arrays: list[Array] = []
     job, shapes = Job(), {}
     for name, array in (("query", query), ("key", key), ("value", value)):
-        laid = aligned(_four_axes(array, xp), xp)
+        laid, rows = rows_of(array, xp)
         arrays.append(laid)
-        setattr(job, name, Rows(address(laid), *_strides(laid)[:3]))
+        setattr(job, name, rows)
         shapes[name] = laid.shape
     (b, h, n_q, d_k), (_, h_k, n_k, d_v) = shapes["query"], shapes["value"]
     output = xp.zeros((b, h, n_q, d_v), dtype=arrays[0].dtype)
@@ -99,6 +99,12 @@ def _check_claimed(function: str, query: Array, options: dict[str, Any], d: int)
             f"a head has {d} features, but the CUDA kernels support at most "
             f"{most_features(name)} in {name} [{function}]"
         )
+
+
+def rows_of(array: Array, xp: Any) -> tuple[Array, Rows]:
+    """Return an array as the kernels read its rows, and the record of it."""
+    laid = aligned(_four_axes(array, xp), xp)
+    return laid, Rows(address(laid), *_strides(laid)[:3])
 
 
 def _four_axes(array: Array, xp: Any) -> Array:

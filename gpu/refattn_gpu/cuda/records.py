@@ -33,6 +33,9 @@ class Job(ctypes.Structure):
         *((name, _int) for name in ("tiled_heads", "distance", "softcap_order")),
         *((name, _float) for name in ("scale", "softcap", "kept")),
         ("padding", _int),
+        *((name, Rows) for name in ("d_output", "result")),
+        *((name, _pointer) for name in ("d_logsumexp", "dots")),
+        *((name, _pointer) for name in ("d_query", "d_key", "d_value", "d_bias", "d_slopes")),
     ]
 
 

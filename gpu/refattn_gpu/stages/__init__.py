@@ -21,7 +21,8 @@ STAGES = (
     Stage("conformance", 180, "every certified vector, on every backend, in every dtype"),
     Stage("determinism", 60, "the same bits in a hundred runs and whatever shares the batch"),
     Stage("memory", 60, "device memory beside inputs and outputs, against the number of keys"),
-    Stage("timing", 180, "beside torch's attention and standard attention, turn by turn"),
+    Stage("timing", 130, "beside torch's attention and standard attention, turn by turn"),
+    Stage("gradients", 50, "backward beside torch's, which is asked to be deterministic"),
     Stage("sanitizer", 100, "compute-sanitizer's memcheck and racecheck on small shapes"),
 )
 """In the order in which they run; together they end within ten minutes."""

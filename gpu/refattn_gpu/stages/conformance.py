@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +37,7 @@ def run(on: Ground, put: Put) -> None:
         except BackendAbsent as absent:
             put(name, {"absent": str(absent)})
             continue
-        _run_backend(backend, name, _forward(cases) if name == "cuda-cpp" else cases, put)
+        _run_backend(backend, name, cases, put)
         if name == "numba-cuda":
             _run_backend(backend, f"{name} rows", _by_rows(cases), put)
 
@@ -47,15 +46,6 @@ def _few(cases: tuple[Case, ...]) -> list[Case]:
     """Return some vectors of attention that the simulator runs in a moment."""
     small = (c for c in cases if c.op == "attention" and _size(c) <= TINY)
     return [case for case, _ in zip(small, range(FEW), strict=False)]
-
-
-def _forward(cases: list[Case]) -> list[Case]:
-    """Return the forward passes of the cases, for kernels that have no other."""
-
-    def kept(arrays: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: array for name, array in arrays.items() if not name.startswith("d_")}
-
-    return [replace(c, inputs=kept(c.inputs), outputs=kept(c.outputs)) for c in cases]
 
 
 def _by_rows(cases: list[Case]) -> list[Case]:

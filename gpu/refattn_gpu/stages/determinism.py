@@ -47,6 +47,7 @@ def _subjects() -> Iterator[tuple[str, str, Call]]:
     if not machine.absent():
         for dtype in ("float16", "float32"):
             yield f"forward cuda-cpp {dtype}", dtype, _fast
+            yield f"backward cuda-cpp {dtype}", dtype, _fast_backward
     for dtype in ("float32", "float64"):
         for form in FORMS:
             for name, call in _passes(form).items():
@@ -55,6 +56,10 @@ def _subjects() -> Iterator[tuple[str, str, Call]]:
 
 def _fast(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:
     return tuple(cuda.attention(query, key, value, causal=True))
+
+
+def _fast_backward(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:
+    return tuple(cuda.attention_backward(d_output, query, key, value, causal=True)[:3])
 
 
 def _passes(form: str) -> dict[str, Call]:

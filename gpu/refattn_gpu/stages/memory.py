@@ -51,8 +51,9 @@ def _calls(on: Ground, arrays: list[Any], n: int) -> dict[str, Callable[[], Any]
         "backward": lambda: numba_cuda.attention_backward(d_output, query, key, value),
     }
     if not machine.absent():
-        halves = [array.astype("float16") for array in arrays[:3]]
-        calls["cuda-cpp forward"] = lambda: cuda.attention(*halves)
+        halves = [array.astype("float16") for array in arrays]
+        calls["cuda-cpp forward"] = lambda: cuda.attention(*halves[:3])
+        calls["cuda-cpp backward"] = lambda: cuda.attention_backward(halves[3], *halves[:3])
     if n <= LARGEST_STANDARD:
         calls["standard forward"] = lambda: standard_attention(on.xp, query, key, value)
     return calls

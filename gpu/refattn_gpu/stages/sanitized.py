@@ -34,6 +34,7 @@ def main(form: str, simulated: bool) -> None:
         ):
             if form == FAST:
                 cuda.attention(query, key, value, **options)
+                cuda.attention_backward(d_output, query, key, value, **options)
                 continue
             numba_cuda.attention(query, key, value, form=form, **options)
             gradients = numba_cuda.attention_backward

@@ -97,28 +97,42 @@ def run(on: Ground, put: Put) -> None:
 def _timed(on: Ground, plan: Plan, shape: tuple[int, ...], causal: bool) -> dict[str, Any]:
     """Time every subject that takes a shape."""
     arrays = drawn(on, "float32", *[shape] * 3)
-    subjects, refused = _able(_subjects(on, arrays, causal))
+    times, told = race(on, plan, _subjects(on, arrays, causal))
+    flops = products(shape, causal)
+    golden = _golden(on, arrays, causal)
+    rows = {
+        f"{s.name} {s.dtype}": row_of(seconds, flops) | _error(on, s, golden)
+        for s, seconds in times.items()
+    }
+    return {"shape": shape, "causal": causal, **told, "subjects": rows}
+
+
+def products(shape: tuple[int, ...], causal: bool) -> float:
+    """Return the FLOP of a forward pass, as everybody counts them."""
+    return 4 * math.prod(shape) * shape[2] / (2 if causal else 1)
+
+
+def race(
+    on: Ground, plan: Plan, candidates: Iterator[Subject]
+) -> tuple[dict[Subject, list[float]], dict[str, Any]]:
+    """Time subjects turn by turn.
+
+    Returns:
+        times: seconds of a call in each turn, of each subject that ran.
+        told: turns, clocks before and after, and why the other subjects did not run.
+    """
+    subjects, refused = _able(candidates)
     calls, rounds = _turns(on, plan, subjects)
     before = clocks()
     times: dict[Subject, list[float]] = {subject: [] for subject in subjects}
     for _ in range(rounds):
         for subject in subjects:
             times[subject].append(on.seconds(subject.call, calls[subject]))
-    flops = 4 * math.prod(shape) * shape[2] / (2 if causal else 1)
-    golden = _golden(on, arrays, causal)
-    return {
-        "shape": shape,
-        "causal": causal,
-        "rounds": rounds,
-        "clocks": [before, clocks()],
-        "subjects": {
-            f"{s.name} {s.dtype}": _row(times[s], flops) | _error(on, s, golden) for s in subjects
-        },
-        "refused": refused,
-    }
+    return times, {"rounds": rounds, "clocks": [before, clocks()], "refused": refused}
 
 
-def _row(times: list[float], flops: float) -> dict[str, float]:
+def row_of(times: list[float], flops: float) -> dict[str, float]:
+    """Return the median and the spread of some times, and the rate that they are."""
     ordered = sorted(times)
     median = statistics.median(ordered)
     low, high = ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]

@@ -45,12 +45,63 @@ DEVICE Span keys_of_row(const Job& job, int b, int i) {
   return {(int)(from < n ? from : n), (int)(to > 0 ? to : 0)};
 }
 
+// Rows and keys of an item before its end.
+DEVICE int valid_queries(const Job& job, int b) {
+  return job.query_lengths[b] < job.n_q ? (int)job.query_lengths[b] : job.n_q;
+}
+
+DEVICE int valid_keys(const Job& job, int b) {
+  return job.key_lengths[b] < job.n_k ? (int)job.key_lengths[b] : job.n_k;
+}
+
+// The others that some row of the block's tile meets, from the begin of a tile on, and those that every
+// row meets.
+struct Spans {
+  Span some, every;
+};
+
+// Of keys. Rows from n_q on are not written, and forbid nothing; those of a shorter item are empty.
+DEVICE Spans keys_of_tile(const Job& job, const Place& at) {
+  const int n_q = valid_queries(job, at.b);
+  const int end = at.i_first + ROWS < n_q ? at.i_first + ROWS : n_q;
+  Spans found = {{0, 0}, {0, 0}};
+  if (at.i_first >= n_q) return found;
+  const Span top = keys_of_row(job, at.b, at.i_first), last = keys_of_row(job, at.b, end - 1);
+  found.some = {top.from / COLS * COLS, last.to};
+  if (n_q == job.n_q || at.i_first + ROWS <= n_q) found.every = {last.from, top.to};
+  return found;
+}
+
+// The queries that see key j, likewise; both ends grow with j.
+DEVICE Span queries_of_key(const Job& job, int b, int j) {
+  if (j >= job.key_lengths[b] || j >= job.n_k) return {0, 0};
+  const i64 a = j - job.offsets[b];
+  const i64 n = job.query_lengths[b] < job.n_q ? job.query_lengths[b] : job.n_q;
+  const i64 from = job.right >= a ? 0 : a - job.right;
+  const i64 to = job.left >= n - 1 - a ? n : a + job.left + 1;
+  return {(int)(from < n ? from : n), (int)(to > 0 ? to : 0)};
+}
+
 DEVICE i64 offset_of(const Cells& cells, const Place& at, int i, int j) {
   return at.b * cells.batch + at.h * cells.head + i * cells.row + j * cells.col;
 }
 
 DEVICE float bias_of(const Job& job, const Place& at, int i, int j) {
   return widen(read((const Number*)job.bias.data + offset_of(job.bias, at, i, j)));
+}
+
+DEVICE const Number* row_at(const Rows& rows, int b, int head, int row) {
+  return rows.data + b * rows.batch + head * rows.head + row * rows.row;
+}
+
+// The product of two rows, by all lanes of a warp, which all get it.
+DEVICE float product_of(const Number* x, const Number* y, int d, int lane) {
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int c = lane; c < d; c += 32) sum += widen(read(x + c)) * widen(read(y + c));
+#pragma unroll
+  for (int bits = 16; bits; bits /= 2) sum += shuffle_xor(sum, bits);
+  return sum;
 }
 
 // Whether mask and bias allow a cell that row i sees (OWN-MASK1, OWN-BIAS1).
@@ -84,4 +135,12 @@ DEVICE float dropped(const Job& job, const Place& at, int i, int j, float weight
   if (!job.keep.data) return weight;
   return read((const u8*)job.keep.data + offset_of(job.keep, at, i, j)) ? weight * job.kept
                                                                         : weight * 0.0f;
+}
+
+// What the softcap multiplies a gradient by, from q · k and the logit (OWN-SOFTCAP1, OWN-BACKWARD1).
+DEVICE float bend(const Job& job, float product, float logit) {
+  if (job.softcap_order == 0) return 1.0f;
+  const float c = job.softcap;
+  const float t = job.softcap_order == 1 ? tanhf(product * job.scale / c) : logit / c;
+  return 1.0f - t * t;
 }

@@ -24,10 +24,6 @@ struct Lines {
   float m[M_TILES][2], l[M_TILES][2];
 };
 
-DEVICE int row_of(const Place& at, int t, int half) {
-  return at.i_first + at.warp * 16 * M_TILES + 16 * t + at.lane / 4 + 8 * half;
-}
-
 // Line 2.
 DEVICE void begin(Lines& my, const Job& job, const Place& at) {
 #pragma unroll
@@ -140,13 +136,7 @@ DEVICE void row_again(
 #pragma unroll 1
   for (int j = seen.from; j < seen.to; j++) {
     if (TERMS && !allowed(job, at, i, j)) continue;
-    float S = 0.0f;
-#pragma unroll 1
-    for (int x = at.lane; x < job.d_k; x += 32) {
-      S += widen(read(q + x)) * widen(read(K + j * job.key.row + x));
-    }
-#pragma unroll
-    for (int bits = 16; bits; bits /= 2) S += shuffle_xor(S, bits);
+    float S = product_of(q, K + j * job.key.row, job.d_k, at.lane);
     if (TERMS) S = logit(job, at, i, j, S);
     float P = ex2(S * unit - shift);
     if (TERMS) P = dropped(job, at, i, j, P);
@@ -214,17 +204,8 @@ attention_forward(const __grid_constant__ Job job) {
   const Number* value = job.value.data + at.b * job.value.batch + at.g * job.value.head;
   const u32 Q_i = shared_memory(), stages = Q_i + Q_BYTES;
 
-  // The keys that some row of the tile sees, and those that every row sees. Rows from n_q on are not
-  // written, and forbid nothing; those of a shorter item are empty.
-  const int n_q = job.query_lengths[at.b] < job.n_q ? (int)job.query_lengths[at.b] : job.n_q;
-  const int i_end = at.i_first + ROWS < n_q ? at.i_first + ROWS : n_q;
-  const int n_k = job.key_lengths[at.b] < job.n_k ? (int)job.key_lengths[at.b] : job.n_k;
-  Span some = {0, 0}, every = {0, 0};
-  if (at.i_first < n_q) {
-    const Span top = keys_of_row(job, at.b, at.i_first), end = keys_of_row(job, at.b, i_end - 1);
-    some = {top.from / COLS * COLS, end.to};
-    if (n_q == job.n_q || at.i_first + ROWS <= n_q) every = {end.from, top.to};
-  }
+  const int n_q = valid_queries(job, at.b), n_k = valid_keys(job, at.b);
+  const auto [some, every] = keys_of_tile(job, at);
 
   const auto copy_stage = [&](int stage, int j_first) {  // line 6
     const u32 K_j = stages + stage * STAGE_BYTES;

@@ -26,6 +26,7 @@ struct Cells {
   i64 batch, head, row, col;
 };
 
+// The backward pass reads and writes what begins with d_output.
 struct Job {
   Rows query, key, value;  // Q, K, V
   Number* output;          // O, (b, h, n_q, d_v), contiguous
@@ -46,6 +47,12 @@ struct Job {
   float scale, softcap;
   float kept;  // 1 / the probability of keeping a weight
   int padding;
+  Rows d_output, result;     // dO, and O of the forward pass
+  const float* d_logsumexp;  // dL, (b, h, n_q), or null
+  float* dots;               // D - dL, (b, h, n_q): the kernel of dQ writes it, that of dK and dV reads it
+  Number *d_query, *d_key, *d_value;  // contiguous, in the shapes of Q, K and V
+  float* d_bias;                      // by cell, (b, h, n_q, n_k), or null
+  float* d_slopes;                    // by row, (b, h, n_q), or null
 };
 
 static_assert(sizeof(Job) == JOB_BYTES, "the record of the host and of the kernels differ");

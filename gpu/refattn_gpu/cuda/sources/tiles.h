@@ -14,9 +14,14 @@ constexpr int M_TILES = ROWS / WARPS / 16;  // tiles of 16 rows that a warp has
 constexpr int PERMUTED = CHUNKS < 8 ? CHUNKS : 8;
 constexpr u32 Q_BYTES = ROWS * CHUNKS * 16, K_BYTES = COLS * CHUNKS * 16;
 constexpr u32 STAGE_BYTES = 2 * K_BYTES;  // K_j and V_j
-constexpr u32 SHARED_BYTES = Q_BYTES + 2 * STAGE_BYTES;
+constexpr u32 SHARED_BYTES = OWN_TILES * Q_BYTES + 2 * STAGE_BYTES;  // OWN_TILES stay, stages pass
 
 static_assert(ROWS % (16 * WARPS) == 0 && COLS % 16 == 0 && FEATURES % 32 == 0, "tile sizes");
+
+// A row of a thread: of 16 rows it has two.
+DEVICE int row_of(const Place& at, int t, int half) {
+  return at.i_first + at.warp * 16 * M_TILES + 16 * t + at.lane / 4 + 8 * half;
+}
 
 DEVICE u32 chunk_address(u32 tile, int row, int chunk) {
   const int key = row / (8 / PERMUTED) % PERMUTED;
