@@ -8,14 +8,20 @@ from typing import Any, Unpack
 
 from refattn.arrays import Array
 from refattn.attention import AttentionResult
+from refattn.checks import check_option
 from refattn.options import AttentionOptions
 from refattn_gpu.cuda import emulate, machine
-from refattn_gpu.cuda.catalogue import Tile, Variant, variant_of
+from refattn_gpu.cuda.catalogue import FORWARD, Tile, Variant, variant_of
 from refattn_gpu.cuda.problem import Problem, problem_of
 
 
 def attention(
-    query: Array, key: Array, value: Array, **options: Unpack[AttentionOptions]
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    kernel: str | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> AttentionResult:
     """Return attention, computed on tensor cores or in their emulation.
 
@@ -32,6 +38,7 @@ def attention(
         query: Q, (..., h, n_q, d_k), at most four axes, float16, bfloat16 or float32.
         key: K, (..., h_k, n_k, d_k); h is a multiple of h_k.
         value: V, (..., h_k, n_k, d_v). Rows that do not begin at multiples of 16 bytes are copied.
+        kernel: one of `FORWARD`; None = the one that is meant for the problem and the device.
         **options: see `refattn.options.AttentionOptions`.
 
     Returns:
@@ -44,25 +51,34 @@ def attention(
         BackendAbsent: nothing here runs a kernel.
     """
     machine.require()
+    if kernel is not None:
+        check_option("cuda.attention", "kernel", kernel, FORWARD)
     problem = problem_of("cuda.attention", query, key, value, options)
-    run_forward(problem)
+    run_forward(problem, kernel)
     return result_of(problem, query, value)
 
 
-def run_forward(problem: Problem) -> None:
+def run_forward(problem: Problem, kernel: str | None = None) -> None:
     """Run a problem on the device, or in the emulation where there is none."""
-    variant = variant_of(problem.dtype, problem.features, problem.terms)
+    kernel = kernel or kernel_for(problem)
+    variant = variant_of(problem.dtype, problem.features, problem.terms, kernel)
     if machine.on_device(problem.output) or not machine.absent_device():
         results = [problem.output, problem.logsumexp]
         machine.launch(variant, problem.job, blocks_of(variant, problem), problem.arrays, results)
     else:
-        emulated(problem, variant.tile)
+        emulated(problem, variant.tile, kernel=kernel)
+
+
+def kernel_for(problem: Problem) -> str:
+    """Return the kernel that is meant for a problem; it depends neither on the batch nor on n_k."""
+    return FORWARD[0]
 
 
 def emulated(
     problem: Problem,
     tile: Tile,
     *,
+    kernel: str = FORWARD[0],
     texts: Mapping[str, str] | None = None,
     backwards: bool = False,
 ) -> None:
@@ -71,13 +87,15 @@ def emulated(
     Args:
         problem: of NumPy's arrays.
         tile: in place of the one that a device would be given.
+        kernel: one of `FORWARD`.
         texts: other contents of some sources, by name.
         backwards: the order of threads.
 
     Raises:
         EmulationError: the emulation found one.
     """
-    variant = variant_of(problem.dtype, problem.features, problem.terms)._replace(tile=tile)
+    variant = variant_of(problem.dtype, problem.features, problem.terms, kernel)
+    variant = variant._replace(tile=tile)
     code = emulate.compiled(variant, texts)
     blocks = blocks_of(variant, problem)
     emulate.launch(code, problem.job, blocks, problem.arrays, backwards=backwards)

@@ -26,6 +26,9 @@ ENTRIES = {
 }
 """The function that each kernel is."""
 
+FORWARD = ("forward",)
+"""The kernels of forward passes: each computes any attention that it has a variant for."""
+
 BACKWARD = ("backward_query", "backward_key", "backward_only_key", "backward_only_value")
 """The kernels of backward passes: of dQ, of dK and dV, and of one of these where both do not fit a
 thread's registers."""
@@ -220,7 +223,7 @@ def variants() -> list[Variant]:
     """Return every variant that a device may be given."""
     return [
         variant_of(dtype, d, terms, kernel)
-        for kernel in ("forward", *BACKWARD)
+        for kernel in (*FORWARD, *BACKWARD)
         for dtype in FORMATS
         for d in tiles_of(kernel, dtype, terms=False)
         for terms in (False, True)
