@@ -124,7 +124,7 @@ FAULTS = {
         "on its way|no barrier between|not waited for",
     ),
     "one stage too little shared memory": Fault(
-        "tiles.h", "Q_BYTES + 2 * STAGE_BYTES", "Q_BYTES + STAGE_BYTES", "beyond the shared memory"
+        "tiles.h", "Q_BYTES + STAGES * STAGE_BYTES", "Q_BYTES + STAGE_BYTES", "beyond the shared memory"
     ),
     "rows beyond the last are copied": Fault(
         "tiles.h", "first + row < rows && EACH", "EACH", "outside of every array|output"

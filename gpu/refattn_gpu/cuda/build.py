@@ -24,12 +24,14 @@ REMEDY = 'pip install "cuda-bindings>=13" nvidia-cuda-nvrtc (or "refattn[cuda13]
 HEADERS = (
     "job.h",
     "cells.h",
+    "again.h",
     "tiles.h",
     "products16.h",
     "products32.h",
     "rows.h",
     "gradients.h",
     "device/primitives.h",
+    "device/chunks.h",
 )
 """What a kernel includes; a header is included by its bare name."""
 

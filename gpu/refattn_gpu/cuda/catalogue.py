@@ -18,6 +18,7 @@ TARGETS = ("sm_80", "sm_90a")
 
 ENTRIES = {
     "forward": "attention_forward",
+    "ffma": "attention_ffma",
     "backward_query": "attention_backward_query",
     "backward_key": "attention_backward_key",
     "backward_only_key": "attention_backward_key",
@@ -26,7 +27,7 @@ ENTRIES = {
 }
 """The function that each kernel is."""
 
-FORWARD = ("forward",)
+FORWARD = ("forward", "ffma")
 """The kernels of forward passes: each computes any attention that it has a variant for."""
 
 BACKWARD = ("backward_query", "backward_key", "backward_only_key", "backward_only_value")
@@ -83,14 +84,24 @@ class Variant(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        """Of a block: its own tiles, and two stages of K_j and V_j, or of Q_i and dO_i."""
-        own = self.own_tiles * self.tile.rows
-        return itemsize(self.dtype) * self.features * (own + 4 * self.tile.cols)
+        """Of a block: its own tiles, its stages of K_j and V_j, or of Q_i and dO_i, and weights."""
+        rows = self.own_tiles * self.tile.rows + 2 * self.stages * self.tile.cols
+        return itemsize(self.dtype) * self.features * rows + self.weight_bytes * self.tile.rows
 
     @property
     def own_tiles(self) -> int:
         """Q_i; or Q_i and dO_i, or K_j and V_j."""
         return 2 if self.kernel in BACKWARD else 1
+
+    @property
+    def stages(self) -> int:
+        """Two, of which one travels; or one, of which K_j travels while V_j is read."""
+        return 1 if self.kernel == "ffma" else 2
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a row, for weights that pass from lane to lane, 32 at a time; or 0."""
+        return 128 if self.kernel == "ffma" else 0
 
     def defines(self) -> dict[str, int]:
         """Return what the compiler is told."""
@@ -103,6 +114,8 @@ class Variant(NamedTuple):
             "BLOCKS": blocks,
             "Q_IN_REGISTERS": int(q_in_registers),
             "OWN_TILES": self.own_tiles,
+            "STAGES": self.stages,
+            "WEIGHT_BYTES": self.weight_bytes,
             "GIVES_KEY": int(self.kernel != "backward_only_value"),
             "GIVES_VALUE": int(self.kernel != "backward_only_key"),
             "TERMS": int(self.terms),
@@ -135,6 +148,14 @@ FLOAT32 = {
     128: Tile(128, 32, 8, 1, False),
 }
 """The same for float32, with and without terms; the parts of 256 features do not fit registers."""
+
+FFMA = {
+    32: Tile(128, 64, 4, 2, False),
+    64: Tile(128, 64, 4, 2, False),
+    128: Tile(128, 64, 8, 1, False),
+    256: Tile(64, 32, 4, 1, False),
+}
+"""Those of the kernel without tensor cores, likewise. Where its sums leave room, a warp has 32 rows."""
 
 NARROW = Tile(128, 16, 8, 1, False)
 """What fits of the widest heads: beside a sum of theirs there is room for little."""
@@ -191,6 +212,8 @@ def tiles_of(kernel: str, dtype: str, terms: bool) -> dict[int, Tile]:
     wide = dtype == "float32"
     if kernel == "backward_key" and terms and not wide:
         return KEYS_TERMS
+    if kernel == "ffma":
+        return FFMA if wide else {}
     if kernel in BACKWARD:
         return (BACKWARD32 if wide else BACKWARD16)[kernel]
     return FLOAT32 if wide else TERMS if terms else PLAIN
@@ -214,9 +237,10 @@ def backward_variants(dtype: str, d: int, terms: bool) -> list[Variant]:
     ]
 
 
-def most_features(dtype: str) -> int:
-    """Return the features of the largest head that a format has variants for."""
-    return max(FLOAT32) if dtype == "float32" else FEATURES[-1]
+def most_features(dtype: str, kernels: tuple[str, ...] = FORWARD) -> int:
+    """Return the features of the largest head that a format has variants for; 0 without any."""
+    every = [d for kernel in kernels for d in tiles_of(kernel, dtype, terms=False)]
+    return max(every, default=0)
 
 
 def variants() -> list[Variant]:

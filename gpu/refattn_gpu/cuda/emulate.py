@@ -27,12 +27,14 @@ from refattn_gpu.cuda.store import digest_of, kept, place
 HEADERS = (
     "job.h",
     "cells.h",
+    "again.h",
     "tiles.h",
     "products16.h",
     "products32.h",
     "rows.h",
     "gradients.h",
     "emulated/primitives.h",
+    "emulated/chunks.h",
     "emulated/machine.h",
     "emulated/launch.cpp",
 )

@@ -1,5 +1,6 @@
 // What the two kernels of the backward pass share: the gradients of a cell, and rows of a result.
 #pragma once
+#include "again.h"
 #if FLOAT32
 #include "products32.h"
 #else

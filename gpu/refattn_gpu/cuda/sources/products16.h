@@ -55,4 +55,3 @@ DEVICE void multiply_values(
 }
 
 DEVICE void store_pair(Number* to, float x, float y) { *(u32*)to = pack(x, y); }
-DEVICE Number narrowed(float x) { return (Number)pack(x, 0.0f); }

@@ -87,4 +87,3 @@ DEVICE void store_pair(Number* to, float x, float y) {
   to[0] = x;
   to[1] = y;
 }
-DEVICE Number narrowed(float x) { return x; }

@@ -8,6 +8,7 @@
 // A thread has, of every 8 columns, columns 2 (lane % 4) and the next, in rows lane / 4 and that + 8:
 // four lanes share a row, and tell each other its maximum by shuffles.
 #pragma once
+#include "again.h"
 #if FLOAT32
 #include "products32.h"
 #else
@@ -126,38 +127,6 @@ DEVICE void drop(float (&P)[M_TILES][COLS / 8][4], const Job& job, const Place& 
   }
 }
 
-// A row of the output by the keys that it may read, one after another, the features shared by the
-// lanes. Tensor cores multiply the weight 0 of a forbidden cell with the value too, and 0 · NaN is NaN
-// (OWN-POISON1): a row that is not finite is made again, so that a row of poison costs time and
-// no other row anything.
-DEVICE void row_again(const Job& job, const Query& query, float shift, float inverse, float unit) {
-  const auto& [at, i] = query;
-  const Number* q = row_at(job.query, at.b, at.h, i);
-  const Number* K = row_at(job.key, at.b, at.g, 0);
-  const Number* V = row_at(job.value, at.b, at.g, 0);
-  const Span seen = keys_of_row(job, at.b, i);
-  float O[FEATURES / 32];
-#pragma unroll
-  for (int x = 0; x < FEATURES / 32; x++) O[x] = 0.0f;
-#pragma unroll 1
-  for (int j = seen.from; j < seen.to; j++) {
-    if (TERMS && !allowed(job, at, i, j)) continue;
-    float S = product_of(q, K + j * job.key.row, job.d_k, at.lane);
-    if (TERMS) S = logit(job, at, i, j, S);
-    float P = ex2(S * unit - shift);
-    if (TERMS) P = dropped(job, at, i, j, P);
-#pragma unroll
-    for (int x = 0; x < FEATURES / 32; x++) {
-      if (32 * x + at.lane < job.d_v) O[x] += P * widen(read(V + j * job.value.row + 32 * x + at.lane));
-    }
-  }
-  Number* to = job.output + (((i64)at.b * job.heads + at.h) * job.n_q + i) * job.d_v;
-#pragma unroll
-  for (int x = 0; x < FEATURES / 32; x++) {
-    if (32 * x + at.lane < job.d_v) to[32 * x + at.lane] = narrowed(O[x] * inverse);
-  }
-}
-
 // Lines 14 to 16: O_i divided by l_i, and the logsumexp. Every lane of a row has the same m, and its
 // own columns' part of l.
 DEVICE void finish(Lines& my, const Job& job, const Place& at, float unit) {
@@ -196,7 +165,7 @@ DEVICE void finish(Lines& my, const Job& job, const Place& at, float unit) {
       for (int k = 0; again; k++, again >>= 4) {
         const float its_shift = shuffle(shift, 4 * k), its_inverse = shuffle(inverse, 4 * k);
         const Query query = query_of(job, at, r - at.lane / 4 + k);
-        if (again & 15) row_again(job, query, its_shift, its_inverse, unit);
+        if (again & 15) row_again<ex2>(job, query.at, query.i, its_shift, its_inverse, unit);
       }
     }
   }

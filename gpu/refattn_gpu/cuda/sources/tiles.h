@@ -14,7 +14,8 @@ constexpr int M_TILES = ROWS / WARPS / 16;  // tiles of 16 rows that a warp has
 constexpr int PERMUTED = CHUNKS < 8 ? CHUNKS : 8;
 constexpr u32 Q_BYTES = ROWS * CHUNKS * 16, K_BYTES = COLS * CHUNKS * 16;
 constexpr u32 STAGE_BYTES = 2 * K_BYTES;  // K_j and V_j
-constexpr u32 SHARED_BYTES = OWN_TILES * Q_BYTES + 2 * STAGE_BYTES;  // OWN_TILES stay, stages pass
+constexpr u32 SHARED_BYTES =  // OWN_TILES stay, stages pass
+    OWN_TILES * Q_BYTES + STAGES * STAGE_BYTES + ROWS * WEIGHT_BYTES;
 
 static_assert(ROWS % (16 * WARPS) == 0 && COLS % 16 == 0 && FEATURES % 32 == 0, "tile sizes");
 
@@ -36,10 +37,11 @@ DEVICE u32 moved(u32 address, int rows, int pairs) {
 }
 
 // Begin to copy rows first, ..., first + COUNT - 1 of a head, every thread its share; zeros stand
-// for rows at or beyond `rows` and for features at or beyond d, whose memory is not read.
-template <int COUNT>
+// for rows at or beyond `rows` and for features at or beyond d, whose memory is not read. Addresses that
+// are made beforehand take registers: AT_ONCE limits them.
+template <int COUNT, int AT_ONCE = 64>
 DEVICE void copy_tile(u32 tile, const Number* head, i64 stride, int first, int rows, int d) {
-#pragma unroll
+#pragma unroll AT_ONCE
   for (int k = 0; k < (COUNT * CHUNKS + THREADS - 1) / THREADS; k++) {
     const int which = k * THREADS + thread_index();
     const int row = which / CHUNKS, chunk = which % CHUNKS;
