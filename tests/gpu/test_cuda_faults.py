@@ -153,7 +153,7 @@ FAULTS = {
     "the sum of two lanes is the row's": Fault("rows.h", "l += shuffle_xor(l, 2);", ""),
     "the logsumexp is in bits": Fault("rows.h", "shift * LN2", "shift"),
     "an empty row is shifted by -∞": Fault(
-        "rows.h", "m_new == LOWEST ? 0.0f : m_new * unit", "m_new * unit"
+        "rows.h", "m_new == LOWEST ? 0.0f : times(m_new, unit)", "times(m_new, unit)"
     ),
     "every lane sees the sink": Fault("rows.h", "at.lane % 4 ? 0.0f : 1.0f", "1.0f"),
     "a row of poison is not made again": Fault("rows.h", "if (again & 15)", "if (false)"),

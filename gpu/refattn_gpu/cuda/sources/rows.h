@@ -90,8 +90,10 @@ DEVICE void to_weights(float (&S)[M_TILES][COLS / 8][4], Lines& my, float unit) 
       }
       m_new = fmaxf(m_new, shuffle_xor(m_new, 1));
       m_new = fmaxf(m_new, shuffle_xor(m_new, 2));  // line 11
-      const float shift = m_new == LOWEST ? 0.0f : m_new * unit;  // -∞ - (-∞) is no number
-      const float old = ex2(my.m[t][half] * unit - shift);
+      // Both maxima are rounded once: a multiply-add would turn rows whose maximum stays by its own
+      // rounding, in every tile anew (NUM-MODEL1). -∞ - (-∞) is no number.
+      const float shift = m_new == LOWEST ? 0.0f : times(m_new, unit);
+      const float old = ex2(times(my.m[t][half], unit) - shift);
       my.m[t][half] = m_new;  // line 13
       float l = old * my.l[t][half];
 #pragma unroll
@@ -140,7 +142,7 @@ DEVICE void finish(Lines& my, const Job& job, const Place& at, float unit) {
       float l = my.l[t][half];
       l += shuffle_xor(l, 1);
       l += shuffle_xor(l, 2);
-      const float shift = my.m[t][half] == LOWEST ? 0.0f : my.m[t][half] * unit;
+      const float shift = my.m[t][half] == LOWEST ? 0.0f : times(my.m[t][half], unit);
       const float inverse = l == 0.0f ? 0.0f : 1.0f / l;  // OWN-EMPTY1
       float odd = 0.0f;  // NaN if a number of O_i is not finite
 #pragma unroll
