@@ -11,7 +11,7 @@ from refattn.attention import AttentionResult
 from refattn.checks import check_option
 from refattn.options import AttentionOptions
 from refattn_gpu.cuda import emulate, machine
-from refattn_gpu.cuda.catalogue import FORWARD, Tile, Variant, variant_of
+from refattn_gpu.cuda.catalogue import FORWARD, Tile, Variant, has_variant, variant_of
 from refattn_gpu.cuda.problem import Problem, problem_of
 
 
@@ -53,7 +53,8 @@ def attention(
     machine.require()
     if kernel is not None:
         check_option("cuda.attention", "kernel", kernel, FORWARD)
-    problem = problem_of("cuda.attention", query, key, value, options)
+    kernels = FORWARD if kernel is None else (kernel,)
+    problem = problem_of("cuda.attention", query, key, value, options, kernels)
     run_forward(problem, kernel)
     return result_of(problem, query, value)
 
@@ -70,8 +71,13 @@ def run_forward(problem: Problem, kernel: str | None = None) -> None:
 
 
 def kernel_for(problem: Problem) -> str:
-    """Return the kernel that is meant for a problem; it depends neither on the batch nor on n_k."""
-    return FORWARD[0]
+    """Return the kernel that is meant for a problem; it depends neither on the batch nor on n_k.
+
+    It is the first of `FORWARD` with a variant: tensor cores, but for heads of float32 whose parts do
+    not fit registers.
+    """
+    about = problem.dtype, problem.features, problem.terms
+    return next(kernel for kernel in FORWARD if has_variant(*about, kernel))
 
 
 def emulated(

@@ -13,7 +13,7 @@ from refattn.checks import check_floats, check_shapes
 from refattn.options import AttentionOptions
 from refattn_gpu.cuda import emulate, machine
 from refattn_gpu.cuda.attention import run_forward
-from refattn_gpu.cuda.catalogue import Tile, Variant, backward_variants
+from refattn_gpu.cuda.catalogue import BACKWARD, Tile, Variant, backward_variants
 from refattn_gpu.cuda.problem import Problem, address, problem_of, rows_of
 
 NAME = "cuda.attention_backward"
@@ -78,7 +78,7 @@ def attention_backward(
         BackendAbsent: nothing here runs a kernel.
     """
     machine.require()
-    problem = problem_of(NAME, query, key, value, options)
+    problem = problem_of(NAME, query, key, value, options, BACKWARD)
     check_cotangents(d_output, query, value, d_logsumexp)
     if forward is None:
         run_forward(problem)

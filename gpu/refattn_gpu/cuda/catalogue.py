@@ -219,6 +219,11 @@ def tiles_of(kernel: str, dtype: str, terms: bool) -> dict[int, Tile]:
     return FLOAT32 if wide else TERMS if terms else PLAIN
 
 
+def has_variant(dtype: str, d: int, terms: bool, kernel: str) -> bool:
+    """Return whether a kernel takes heads of d features."""
+    return features_for(d) in tiles_of(kernel, dtype, terms)
+
+
 def variant_of(dtype: str, d: int, terms: bool, kernel: str = "forward") -> Variant:
     """Return the variant of a kernel for heads of at most d features.
 
@@ -233,7 +238,7 @@ def backward_variants(dtype: str, d: int, terms: bool) -> list[Variant]:
     return [
         variant_of(dtype, d, terms, kernel)
         for kernel in BACKWARD
-        if features_for(d) in tiles_of(kernel, dtype, terms)
+        if has_variant(dtype, d, terms, kernel)
     ]
 
 

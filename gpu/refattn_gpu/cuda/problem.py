@@ -9,7 +9,7 @@ from refattn.arrays import Array, array_namespace, dtype_name
 from refattn.backends import Unsupported
 from refattn.options import AttentionOptions, check_arguments
 from refattn.tiles import default_scale
-from refattn_gpu.cuda.catalogue import FORMATS, most_features
+from refattn_gpu.cuda.catalogue import FORMATS, FORWARD, most_features
 from refattn_gpu.cuda.records import Cells, Job, Rows
 from refattn_gpu.numba_cuda.problem import CLAIMED, band_of
 
@@ -38,11 +38,24 @@ class Problem(NamedTuple):
 
 
 def problem_of(
-    function: str, query: Array, key: Array, value: Array, given: AttentionOptions
+    function: str,
+    query: Array,
+    key: Array,
+    value: Array,
+    given: AttentionOptions,
+    kernels: tuple[str, ...] = FORWARD,
 ) -> Problem:
     """Check the arguments and describe them to the kernels.
 
     Spec: OWN-ROUND1, OWN-SCALE1.
+
+    Args:
+        function: as errors name it.
+        query: Q.
+        key: K.
+        value: V.
+        given: options.
+        kernels: of which one is to run.
 
     Raises:
         ShapeError, DtypeError, OptionError: as the reference.
@@ -50,7 +63,7 @@ def problem_of(
     """
     options, sizes, offset = check_arguments(function, query, key, value, given)
     features = max(sizes["d_k"], sizes["d_v"])
-    _check_claimed(function, query, options, features)
+    _check_claimed(function, query, options, features, kernels)
     xp = array_namespace(query)
     arrays: list[Array] = []
     job, shapes = Job(), {}
@@ -76,13 +89,16 @@ def problem_of(
     return Problem(job, arrays, output, logsumexp, dtype_name(query), features, terms)
 
 
-def _check_claimed(function: str, query: Array, options: dict[str, Any], d: int) -> None:
+def _check_claimed(
+    function: str, query: Array, options: dict[str, Any], d: int, kernels: tuple[str, ...]
+) -> None:
     """Refuse what the reference takes and these kernels do not."""
     name = dtype_name(query)
-    if name not in FORMATS:
+    formats = [other for other in FORMATS if most_features(other, kernels)]
+    if name not in formats:
+        who = f"kernel {kernels[0]!r} supports" if len(kernels) == 1 else "the CUDA kernels support"
         raise Unsupported(
-            f"query has dtype {name}, but the CUDA kernels support {', '.join(FORMATS)} "
-            f"[{function}]"
+            f"query has dtype {name}, but {who} {', '.join(formats)} [{function}]"
         )
     for option, claimed in CLAIMED.items():
         if options[option] != claimed:
@@ -94,10 +110,10 @@ def _check_claimed(function: str, query: Array, options: dict[str, Any], d: int)
         raise Unsupported(
             f"query has {query.ndim} axes, but the CUDA kernels support at most 4 [{function}]"
         )
-    if d > most_features(name):
+    if d > (most := most_features(name, kernels)):
+        who = f"kernel {kernels[0]!r} supports" if len(kernels) == 1 else "the CUDA kernels support"
         raise Unsupported(
-            f"a head has {d} features, but the CUDA kernels support at most "
-            f"{most_features(name)} in {name} [{function}]"
+            f"a head has {d} features, but {who} at most {most} in {name} [{function}]"
         )
 
 

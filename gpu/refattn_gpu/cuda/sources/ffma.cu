@@ -229,7 +229,7 @@ DEVICE void finish(Lines& my, const Job& job, const Place& at, float unit, u32 w
     }
     if (i < job.n_q && column == 0) job.logsumexp[head + i] = logsumexp_of(shift, l);
     const float needed[4] = {shift, inverse, again ? 1.0f : 0.0f, 0.0f};
-    if (column == 0) store_chunk(weights + (line + DOWN * r) * WEIGHT_BYTES, needed);
+    store_chunk((weights_of(weights, at.lane) ^ 16 * column) + r * DOWN * WEIGHT_BYTES, needed);
     odd_rows |= lanes;
   }
   if (!odd_rows) return;
@@ -237,7 +237,7 @@ DEVICE void finish(Lines& my, const Job& job, const Place& at, float unit, u32 w
 #pragma unroll 1
   for (int row = 0; row < LINES * DOWN; row++) {
     float its[4];
-    load_chunk(its, weights + row * WEIGHT_BYTES);
+    load_chunk(its, weights + row * WEIGHT_BYTES + row % 2 * 64);  // of column 0
     const int i = at.i_first + at.warp * (ROWS / WARPS) + row;
     if (its[2] != 0.0f) row_again<power>(job, at, i, its[0], its[1], unit);
   }

@@ -91,8 +91,8 @@ DEVICE void to_weights(float (&S)[M_TILES][COLS / 8][4], Lines& my, float unit) 
       m_new = fmaxf(m_new, shuffle_xor(m_new, 1));
       m_new = fmaxf(m_new, shuffle_xor(m_new, 2));  // line 11
       // Both maxima are rounded once: a multiply-add would turn rows whose maximum stays by its own
-      // rounding, in every tile anew (NUM-MODEL1). -∞ - (-∞) is no number.
-      const float shift = m_new == LOWEST ? 0.0f : times(m_new, unit);
+      // rounding, in every tile anew (NUM-MODEL1).
+      const float shift = shift_of(m_new, unit);
       const float old = ex2(times(my.m[t][half], unit) - shift);
       my.m[t][half] = m_new;  // line 13
       float l = old * my.l[t][half];
@@ -142,8 +142,8 @@ DEVICE void finish(Lines& my, const Job& job, const Place& at, float unit) {
       float l = my.l[t][half];
       l += shuffle_xor(l, 1);
       l += shuffle_xor(l, 2);
-      const float shift = my.m[t][half] == LOWEST ? 0.0f : times(my.m[t][half], unit);
-      const float inverse = l == 0.0f ? 0.0f : 1.0f / l;  // OWN-EMPTY1
+      const float shift = shift_of(my.m[t][half], unit);
+      const float inverse = inverse_of(l);
       float odd = 0.0f;  // NaN if a number of O_i is not finite
 #pragma unroll
       for (int n = 0; n < FEATURES / 8; n++) {  // of line 12
@@ -160,9 +160,7 @@ DEVICE void finish(Lines& my, const Job& job, const Place& at, float unit) {
           store_pair(to + feature, my.O[t][n][2 * half], my.O[t][n][2 * half + 1]);
         }
       }
-      if (i < job.n_q && at.lane % 4 == 0) {  // OWN-LSE1
-        job.logsumexp[row] = l == 0.0f ? LOWEST : shift * LN2 + logf(l);
-      }
+      if (i < job.n_q && at.lane % 4 == 0) job.logsumexp[row] = logsumexp_of(shift, l);
 #pragma unroll 1
       for (int k = 0; again; k++, again >>= 4) {
         const float its_shift = shuffle(shift, 4 * k), its_inverse = shuffle(inverse, 4 * k);

@@ -42,9 +42,13 @@ struct Fiber {
 
 struct Chunk {
   int writer;      // thread whose copy is on its way, or -1
-  long arrived;    // barriers passed when a copy arrived; -1 before any
+  long arrived;    // barriers passed when it was written; -1 before
   long read;       // barriers passed at the last read; -1 before any
   unsigned reader;  // warp that read it
+  int owner = -1;  // thread that stored it, or -1 where a copy came
+  long turn = 0;   // barriers of the owner's warp at the store
+  int lane = -1;   // thread that read it since its warp's last barrier, or -2 for several
+  long read_turn = 0;
 };
 
 struct Range {
@@ -60,6 +64,7 @@ static std::vector<Range> ranges;  // what a kernel may read of the host's memor
 static jmp_buf scheduler;
 static unsigned current, block;
 static long barriers;
+static std::vector<long> turns;  // barriers of a warp alone, by warp
 static void (*body)();
 static char fault[400];  // the first one found; empty if none
 
@@ -153,18 +158,32 @@ static void wait_for_groups(unsigned under_way) {
       else memset(&memory[copy.to], 0, CHUNK);
       chunks[copy.to / CHUNK].writer = -1;
       chunks[copy.to / CHUNK].arrived = barriers;
+      chunks[copy.to / CHUNK].owner = -1;
     }
     me.groups.erase(me.groups.begin());
   }
 }
 
-static const unsigned char* read_chunk(unsigned address) {
+// Whether a thread may read what another one stored since the last barrier.
+static bool shared_with(const Chunk& chunk, int thread) {
+  if (chunk.owner < 0 || chunk.owner == thread) return chunk.owner == thread;
+  const unsigned warp = thread / LANES;
+  return chunk.owner / LANES == warp && chunk.turn < turns[warp];
+}
+
+static const unsigned char* read_chunk(unsigned address, int thread = (int)current) {
   Chunk& chunk = chunk_at(address);
   if (chunk.writer >= 0) fail("a read of what is on its way: not waited for", address);
   if (chunk.arrived < 0) fail("a read of what nobody wrote", address);
-  if (chunk.arrived == barriers) fail("a read of what another thread copied: no barrier between", address);
+  if (chunk.arrived == barriers && !shared_with(chunk, thread)) {
+    fail("a read of what another thread wrote: no barrier between", address);
+  }
+  const unsigned warp = thread / LANES;
+  const bool again = chunk.read == barriers && chunk.reader == warp && chunk.read_turn == turns[warp];
+  chunk.lane = again && chunk.lane != thread ? -2 : thread;
   chunk.read = barriers;
-  chunk.reader = current / LANES;
+  chunk.reader = warp;
+  chunk.read_turn = turns[warp];
   return &memory[address];
 }
 
@@ -195,6 +214,7 @@ static bool run_block(unsigned threads, unsigned bytes, bool backwards) {
   memory.assign(bytes, POISON);
   chunks.assign(bytes / CHUNK, Chunk{-1, -1, -1, 0});
   barriers = 0;
+  turns.assign(threads / LANES, 0);
   for (unsigned ended = 0; ended < threads;) {
     bool moved = false;
     for (unsigned k = 0; k < threads / LANES; k++) {
