@@ -11,18 +11,10 @@ from refattn.bounds import profile_of
 from refattn.judge import judge
 from refattn.vectors import core_pack
 from refattn.vectors.pack import Case, unbounded
-from refattn_gpu.cuda.attention import emulated, kernel_for, result_of
+from refattn_gpu.cuda.attention import emulated, result_of
 from refattn_gpu.cuda.attention_backward import emulated as emulated_kernel
 from refattn_gpu.cuda.attention_backward import gradients_of, prepare
-from refattn_gpu.cuda.catalogue import (
-    BACKWARD,
-    FORMATS,
-    FORWARD,
-    Tile,
-    backward_variants,
-    most_features,
-    variant_of,
-)
+from refattn_gpu.cuda.catalogue import FORMATS, Tile, backward_variants, most_features, variant_of
 from refattn_gpu.cuda.problem import problem_of
 from refattn_gpu.numba_cuda.problem import CLAIMED
 
@@ -41,23 +33,19 @@ def declined(case: Case) -> bool:
 RUN = [name for name, case in CASES.items() if not declined(case)]
 
 
-def fits(case: Case, dtype: str, kernels: tuple[str, ...] = FORWARD) -> bool:
-    """Return whether a format of a vector is claimed by some of the kernels, and bounded."""
+def fits(case: Case, dtype: str, kernel: str = "forward") -> bool:
+    """Return whether a format of a vector is claimed by a kernel, and bounded."""
     if dtype not in case.dtypes or unbounded(case, profile_of(dtype)):
         return False
     d = max(case.inputs[name].shape[-1] for name in ("query", "value"))
-    return d <= most_features(dtype, kernels)
+    return d <= most_features(dtype, (kernel,))
 
 
 JUDGED = [(name, dtype) for name in RUN for dtype in FORMATS if fits(CASES[name], dtype)]
 """Vectors and formats in which a bound is claimed."""
 
 
-GRADED = [
-    (name, dtype)
-    for name, dtype in JUDGED
-    if "d_output" in CASES[name].inputs and fits(CASES[name], dtype, BACKWARD)
-]
+GRADED = [(name, dtype) for name, dtype in JUDGED if "d_output" in CASES[name].inputs]
 """Those that ask for gradients."""
 
 
@@ -72,15 +60,14 @@ class Fault(NamedTuple):
 
 
 def forward(
-    case: Case, dtype: str, tile: Tile | None = None, kernel: str | None = None, **more: Any
+    case: Case, dtype: str, tile: Tile | None = None, kernel: str = "forward", **more: Any
 ) -> dict[str, Any]:
-    """Return the results of a vector's forward pass; the device's own kernel and tile by default."""
+    """Return the results of a vector's forward pass; the device's own tile if none is given."""
     with np.errstate(over="ignore"):  # poison beyond the range of float16 is ∞
         inputs = {n: cast_floats(np.asarray(x), dtype) for n, x in case.inputs.items()}
     query, key, value = (inputs.pop(name) for name in ("query", "key", "value"))
     given: Any = {n: x for n, x in inputs.items() if not n.startswith("d_")}
     problem = problem_of("test", query, key, value, given | case.parameters | case.conventions)
-    kernel = kernel or kernel_for(problem)
     variant = variant_of(problem.dtype, problem.features, problem.terms, kernel)
     emulated(problem, tile or variant.tile, kernel=kernel, **more)
     return result_of(problem, query, value)._asdict()

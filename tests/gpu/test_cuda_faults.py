@@ -124,7 +124,10 @@ FAULTS = {
         "on its way|no barrier between|not waited for",
     ),
     "one stage too little shared memory": Fault(
-        "tiles.h", "Q_BYTES + STAGES * STAGE_BYTES", "Q_BYTES + STAGE_BYTES", "beyond the shared memory"
+        "tiles.h",
+        "Q_BYTES + STAGES * STAGE_BYTES",
+        "Q_BYTES + STAGE_BYTES",
+        "beyond the shared memory",
     ),
     "rows beyond the last are copied": Fault(
         "tiles.h", "first + row < rows && EACH", "EACH", "outside of every array|output"
@@ -151,9 +154,9 @@ FAULTS = {
         "rows.h", "m_new = fmaxf(m_new, shuffle_xor(m_new, 2));", ""
     ),
     "the sum of two lanes is the row's": Fault("rows.h", "l += shuffle_xor(l, 2);", ""),
-    "the logsumexp is in bits": Fault("rows.h", "shift * LN2", "shift"),
+    "the logsumexp is in bits": Fault("again.h", "shift * LN2", "shift"),
     "an empty row is shifted by -∞": Fault(
-        "rows.h", "m_new == LOWEST ? 0.0f : times(m_new, unit)", "times(m_new, unit)"
+        "again.h", "m == LOWEST ? 0.0f : times(m, unit)", "times(m, unit)"
     ),
     "every lane sees the sink": Fault("rows.h", "at.lane % 4 ? 0.0f : 1.0f", "1.0f"),
     "a row of poison is not made again": Fault("rows.h", "if (again & 15)", "if (false)"),

@@ -73,8 +73,8 @@ def run_forward(problem: Problem, kernel: str | None = None) -> None:
 def kernel_for(problem: Problem) -> str:
     """Return the kernel that is meant for a problem; it depends neither on the batch nor on n_k.
 
-    It is the first of `FORWARD` with a variant: tensor cores, but for heads of float32 whose parts do
-    not fit registers.
+    It is the first of `FORWARD` with a variant: tensor cores, but for heads of float32 whose
+    parts do not fit registers.
     """
     about = problem.dtype, problem.features, problem.terms
     return next(kernel for kernel in FORWARD if has_variant(*about, kernel))

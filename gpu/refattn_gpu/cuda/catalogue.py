@@ -155,7 +155,8 @@ FFMA = {
     128: Tile(128, 64, 8, 1, False),
     256: Tile(64, 32, 4, 1, False),
 }
-"""Those of the kernel without tensor cores, likewise. Where its sums leave room, a warp has 32 rows."""
+"""Those of the kernel of multiply-adds, likewise. Where sums leave room, a thread has 8 rows by 8
+keys, which read 16 chunks for 256 multiply-adds; 4 rows by 8 keys read 12 for 128."""
 
 NARROW = Tile(128, 16, 8, 1, False)
 """What fits of the widest heads: beside a sum of theirs there is room for little."""
@@ -195,6 +196,9 @@ BACKWARD32 = {
 
 SMALL = Tile(32, 16, 2, 1, True)
 """A tile for the emulation: two warps, and many tiles of a short sequence."""
+
+SMALL_FFMA = Tile(32, 32, 2, 1, False)
+"""The same for the kernel whose weights pass 32 at a time."""
 
 
 def itemsize(dtype: str) -> int:

@@ -97,9 +97,7 @@ def _check_claimed(
     formats = [other for other in FORMATS if most_features(other, kernels)]
     if name not in formats:
         who = f"kernel {kernels[0]!r} supports" if len(kernels) == 1 else "the CUDA kernels support"
-        raise Unsupported(
-            f"query has dtype {name}, but {who} {', '.join(formats)} [{function}]"
-        )
+        raise Unsupported(f"query has dtype {name}, but {who} {', '.join(formats)} [{function}]")
     for option, claimed in CLAIMED.items():
         if options[option] != claimed:
             raise Unsupported(

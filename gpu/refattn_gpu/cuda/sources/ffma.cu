@@ -1,31 +1,31 @@
-// Algorithm 1 (FA1-ALG1) by multiply-adds of float32 alone; line numbers are the listing's.
+// Algorithm 1 (FA1-ALG1) by multiply-adds of float32, without tensor cores; line numbers are the listing's.
 //
-// A block walks as in forward.cu. Every product is one fma, rounded once, and nothing below the normal
-// range is flushed: neither numbers nor weights lose what tensor cores or their splits would.
+// A block walks over keys as in forward.cu. Every multiply-add of a product is one fma, rounded once, and
+// nothing below the normal range is flushed to zero: neither numbers nor weights.
 //
-// A warp has 16 or 32 rows and shares each among 8 lanes: `line` (of 4) and `column` (of 8) name a lane. A
-// thread has S_ij of rows line, line + 4, ... and keys column, column + 8, ..., and O_i of the same rows
-// and chunks column, column + 8, ... of four features: a number that it reads meets 4 or 8 others. All is
-// read by chunks, along the features, as it lies; nothing is transposed.
-//
-// A lane and the next have one column, a lane and the second next one line. So pairs of lanes ask for
-// the same chunk whatever they read, and pairs that do are served at once: a read of 16 bytes takes two
-// turns where it would take four.
-#include "tiles.h"
-
+// 1. Eight lanes share a row, where the operands of mma ask for four: a lane is one of 4 lines and of 8
+//    columns. A thread has S_ij of rows line, line + 4, ... and keys column, column + 8, ..., and O_i of
+//    the same rows and of chunks column, column + 8, ... of four features. Every number that it reads meets
+//    4 or 8 others, and all is read by chunks along the features, as it lies.
+// 2. A lane and its neighbour have one column, a lane and its second neighbour one line. Whatever they
+//    read, pairs of lanes ask for the same chunk, which a device may serve at once.
+// 3. There is one stage: V_j travels while S is made, and K_j of the next tile while O_i is.
+// 4. Weights pass from lane to lane through shared memory, 32 keys at a time. No other warp sees them.
 #include "again.h"
 #include "chunks.h"
+#include "tiles.h"
 
-constexpr int ACROSS = 8;                       // lanes that share a row
-constexpr int DOWN = 4;                         // rows of a warp at a time
-constexpr int LINES = ROWS / WARPS / DOWN;      // rows of a thread
-constexpr int KEYS = COLS / ACROSS;             // keys of a thread in a tile
-constexpr int PARTS = FEATURES / 4 / ACROSS;    // chunks of a row of O_i that a thread has
-constexpr int AHEAD = LINES == 8 ? 1 : 2;        // chunks that the compiler may read beforehand
-constexpr u32 LINE_BYTES = CHUNKS * 16;         // of a row of a tile
+constexpr int ACROSS = 8;                   // lanes that share a row: columns
+constexpr int DOWN = 4;                     // lines
+constexpr int LINES = ROWS / WARPS / DOWN;  // rows of a thread
+constexpr int KEYS = COLS / ACROSS;         // keys of a thread in a tile
+constexpr int PARTS = CHUNKS / ACROSS;      // chunks of a row of O_i that a thread has
+constexpr int AHEAD = LINES == 8 ? 1 : 2;   // chunks that are read beforehand, as registers allow
+constexpr u32 LINE_BYTES = CHUNKS * 16;     // of a row of a tile
 
 static_assert(COLS % (4 * ACROSS) == 0 && WEIGHT_BYTES == 16 * ACROSS, "weights pass by four");
 
+// A thread's rows of O_i, m_i and l_i.
 struct Lines {
   float O[LINES][PARTS][4];
   float m[LINES], l[LINES];
@@ -64,8 +64,8 @@ DEVICE void begin(Lines& my, const Job& job, const Place& at) {
   }
 }
 
-// S = Q_i K_jᵀ (line 9), by chunks of four features. Q and K are where the lane's first row begins;
-// rows 4 further lie permuted by 4 more, rows 8 further alike.
+// S = Q_i K_jᵀ (line 9), by chunks of four features. Q and K are where the lane's first row and key begin;
+// a row 4 further lies permuted by 4 chunks more, and one 8 further as it does.
 DEVICE void multiply_keys(float (&S)[LINES][KEYS], u32 Q, u32 K) {
 #pragma unroll AHEAD
   for (int c = 0; c < CHUNKS; c++) {
@@ -93,7 +93,7 @@ DEVICE u32 weights_of(u32 weights, int lane) {
   return weights + line_of(lane) * WEIGHT_BYTES + lane % 2 * 64;
 }
 
-// Four keys of every row of a thread, to its own chunk.
+// Four keys of every row of a thread, to its own chunks.
 DEVICE void put_four(const float (&P)[LINES][KEYS], int half, u32 own) {
 #pragma unroll
   for (int r = 0; r < LINES; r++) {
@@ -102,8 +102,8 @@ DEVICE void put_four(const float (&P)[LINES][KEYS], int half, u32 own) {
   }
 }
 
-// Every cell of a thread, by cell(number, i, j). Four keys of a row at a time pass through the thread's own
-// chunk of shared memory, where a loop may count rows, as it may not where they are registers: what a
+// Every cell of a thread becomes cell(number, i, j). Four keys of a row at a time pass through the thread's
+// own chunk of shared memory: there a loop may count rows, which among registers it may not, and what a
 // cell takes stands in the code 4 times, and not up to 64.
 template <class Cell>
 DEVICE void by_cell(
@@ -163,10 +163,8 @@ DEVICE void to_weights(float (&S)[LINES][KEYS], Lines& my, float unit) {
   }
 }
 
-// O += P_ij V_j (line 12), 32 keys at a time. A lane has weights of 4 of them, and needs all 32 of its
-// rows: they pass through memory that no other warp sees. Chunk c of a row holds keys c, c + 8, c + 16 and
-// c + 24, and the keys are summed over in that order. Rows of odd number lie permuted by half a row:
-// lanes of both parities read, or write, at once.
+// O += P_ij V_j (line 12), 32 keys at a time. Of a row's 32 weights a lane has 4, and needs all. Chunk c
+// holds those of keys c, c + 8, c + 16 and c + 24, and the keys are summed over in that order.
 DEVICE void multiply_values(float (&O)[LINES][PARTS][4], const float (&P)[LINES][KEYS], u32 V,
                             u32 weights, int lane) {
   const u32 row = weights_of(weights, lane);
@@ -201,7 +199,7 @@ DEVICE void multiply_values(float (&O)[LINES][PARTS][4], const float (&P)[LINES]
 }
 
 // Lines 14 to 16: O_i divided by l_i, and the logsumexp. Every lane of a row has the same m, and its
-// own columns' part of l. What rows that are made again need passes through the weights' memory: the
+// own columns' part of l. What a row that is made again needs waits in the place of its weights: so the
 // code that makes one stands here once.
 DEVICE void finish(Lines& my, const Job& job, const Place& at, float unit, u32 weights) {
   const i64 head = ((i64)at.b * job.heads + at.h) * job.n_q;
@@ -237,7 +235,7 @@ DEVICE void finish(Lines& my, const Job& job, const Place& at, float unit, u32 w
 #pragma unroll 1
   for (int row = 0; row < LINES * DOWN; row++) {
     float its[4];
-    load_chunk(its, weights + row * WEIGHT_BYTES + row % 2 * 64);  // of column 0
+    load_chunk(its, weights + row * WEIGHT_BYTES);  // the lanes of a row left the same
     const int i = at.i_first + at.warp * (ROWS / WARPS) + row;
     if (its[2] != 0.0f) row_again<power>(job, at, i, its[0], its[1], unit);
   }
