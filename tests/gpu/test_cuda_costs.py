@@ -70,7 +70,8 @@ def test_the_machine_code_multiplies_on_tensor_cores_and_leaves_registers_alone(
     for target in TARGETS:
         found = costs.operations(build.build(variant, target).code)
         assert found["HMMA"] == costs.products(variant)  # one loop over keys, wholly unrolled
-        assert found["LDSM"] > 0 < found["LDGSTS"]  # ldmatrix and cp.async
+        assert (found["LDSM"] > 0) == (found["HMMA"] > 0)  # ldmatrix
+        assert found["LDGSTS"] > 0  # cp.async
         assert found["LDL"] == found["STL"] == 0
 
 
@@ -108,6 +109,23 @@ def test_numbers_below_the_normal_range_are_kept(nvdisasm: None) -> None:
     listing = costs.disassembly(code)
     assert re.search(r"\bFFMA\b", listing)
     assert "FTZ" not in listing
+
+
+@NVRTC
+@pytest.mark.parametrize("d", catalogue.FEATURES)
+@pytest.mark.parametrize("terms", [False, True])
+def test_float32_is_multiplied_by_chunks_and_never_flushed(
+    d: int, terms: bool, nvdisasm: None
+) -> None:
+    variant = catalogue.variant_of("float32", d, terms, "ffma")
+    lines, keys = variant.tile.rows // variant.tile.warps // 4, variant.tile.cols // 8  # a thread's
+    for target in TARGETS:
+        listing = costs.disassembly(build.build(variant, target).code)
+        assert not re.search(r"\b(FFMA|FMUL|FMNMX|MUFU)\S*\.FTZ", listing)
+        chunk_of_s, eighth_of_o = 4 * lines * keys, lines * keys * d // 8
+        assert len(re.findall(r"\bFFMA ", listing)) >= chunk_of_s + eighth_of_o
+        assert len(re.findall(r"\bLDS\.128 ", listing)) >= 2 * lines + keys  # of Q, P and K
+        assert len(re.findall(r"\bSTS\.128 ", listing)) >= lines * keys // 4  # of P
 
 
 @pytest.fixture

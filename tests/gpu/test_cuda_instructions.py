@@ -80,7 +80,10 @@ def test_conversions_shuffles_votes_and_powers(dtype: str) -> None:
     votes = int(sum(1 << lane for lane in range(32) if c[0][lane] > 0))
     assert set(words[24]) == {votes}
     assert 0 < votes < 2**32 - 1
-    assert np.allclose(words[30].view(np.float32), 2.0 ** (c[0] / 64), rtol=2.0**-21)
+    assert np.allclose(words[35].view(np.float32), 2.0 ** (c[0] / 64), rtol=2.0**-21)
+    least = 2.0 ** (c[0].astype(np.float64) / 64 - 130)
+    assert least.min() < 2.0**-127
+    assert np.allclose(words[36].view(np.float32), least, rtol=2.0**-21, atol=2.0**-149)
 
 
 @BOTH
@@ -99,6 +102,17 @@ def test_tf32_is_multiplied_and_float32_read(dtype: str) -> None:
 
 
 @BOTH
+def test_chunks_pass_between_lanes_and_multiply_adds_are_rounded_once(dtype: str) -> None:
+    words = instructions.emulated(dtype)
+    c, d = words[16:20].view(np.float32), words[25:29].view(np.float32)
+    stored = np.stack([c[0], c[1], d[0], d[1]])
+    assert np.array_equal(words[30:34].view(np.float32), stored[:, LANES ^ 5])
+    third = np.float64(np.float32(1) / np.float32(3))  # the product of two float32 is exact
+    rounded = (c[0].astype(np.float64) * third + d[0]).astype(np.float32)
+    assert np.array_equal(words[34].view(np.float32), rounded)
+
+
+@BOTH
 def test_the_order_of_lanes_changes_no_word(dtype: str) -> None:
     assert np.array_equal(
         instructions.emulated(dtype), instructions.emulated(dtype, backwards=True)
@@ -109,10 +123,11 @@ def test_a_word_that_differs_is_told() -> None:
     words = instructions.emulated("float16")
     other = words.copy()
     other[3, 5] ^= 1
-    other[instructions.CLOSE] ^= 1
+    close = list(instructions.CLOSE)
+    other[close] ^= 1
     assert instructions.different(other, words) == [3]
-    other[instructions.CLOSE] ^= 1 << 20
-    assert instructions.different(other, words) == [3, instructions.CLOSE]
+    other[close] ^= 1 << 20
+    assert instructions.different(other, words) == [3, *close]
 
 
 @BOTH

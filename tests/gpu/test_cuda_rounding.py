@@ -1,4 +1,4 @@
-"""Rounding in the CUDA C++ kernels, emulated with the multiply-adds that a device's compiler makes."""
+"""Rounding in the CUDA C++ kernels, emulated with the multiply-adds of a device's compiler."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import refattn
 from optional import require_device
 from refattn_gpu.cuda import emulate, store
 from refattn_gpu.cuda.attention import emulated, result_of
-from refattn_gpu.cuda.catalogue import SMALL
+from refattn_gpu.cuda.catalogue import SMALL, SMALL_FFMA, Tile
 from refattn_gpu.cuda.problem import problem_of
 
 CONTRACTED = ("-O2", "-march=native", "-ffp-contract=fast")
@@ -18,8 +18,9 @@ CONTRACTED = ("-O2", "-march=native", "-ffp-contract=fast")
 
 @pytest.mark.clause("NUM-MODEL1")
 @pytest.mark.parametrize("scale", [0.3, 1e-19])
+@pytest.mark.parametrize(("kernel", "tile"), [("forward", SMALL), ("ffma", SMALL_FFMA)])
 def test_a_maximum_that_stays_turns_nothing_however_many_tiles_follow(
-    scale: float, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    kernel: str, tile: Tile, scale: float, tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_device("gxx", emulate.no_gxx())
     monkeypatch.setattr(store, "folder", lambda: tmp_path)  # not in the cache of other machines
@@ -29,7 +30,7 @@ def test_a_maximum_that_stays_turns_nothing_however_many_tiles_follow(
     key = np.full((1, n, 8), 23.3 / (56 * scale), np.float32)  # every logit is 23.3
     value = np.linspace(-1, 1, n, dtype=np.float32).reshape(1, n, 1)
     problem = problem_of("test", query, key, value, {"scale": scale})
-    emulated(problem, SMALL)
+    emulated(problem, tile, kernel=kernel)
     found = result_of(problem, query, value)
     true = refattn.attention(*(x.astype(np.float64) for x in (query, key, value)), scale=scale)
     assert np.abs(found.logsumexp - true.logsumexp).max() < 2e-5

@@ -80,6 +80,7 @@ def disassembly(code: bytes) -> str:
 
 PRODUCTS = {
     "forward": ("S", "O"),
+    "ffma": ("S", "O"),
     "backward_query": ("S", "dP", "dQ"),
     "backward_key": ("S", "dP", "dV", "dK"),
     "backward_only_key": ("S", "dP", "dK"),
@@ -89,8 +90,10 @@ PRODUCTS = {
 
 
 def products(variant: Variant) -> int:
-    """Return how many mma a warp makes in a turn."""
+    """Return how many mma a warp makes in a turn: none where multiply-adds do."""
     rows, cols, warps, *_ = variant.tile
+    if variant.kernel == "ffma":
+        return 0
     steps = variant.features // 16 if variant.dtype != "float32" else 3 * (variant.features // 8)
     return len(PRODUCTS[variant.kernel]) * (rows // warps // 16) * (cols // 8) * steps
 
