@@ -271,8 +271,8 @@ def test_what_is_not_claimed_is_refused(options: Any, sentence: str) -> None:
     wide = [array.astype(np.float64) for array in problem()]
     with pytest.raises(Unsupported, match=r"dtype float64, but .* float16, bfloat16, float32 \["):
         cuda.attention(*wide)
-    with pytest.raises(Unsupported, match=r"129 features, but .* at most 128 in float32"):
-        cuda.attention(*problem(d=129, dtype="float32"))
+    with pytest.raises(Unsupported, match=r"257 features, but .* at most 256 in float32"):
+        cuda.attention(*problem(d=257, dtype="float32"))
 
 
 def test_bad_arguments_are_refused_as_by_the_reference() -> None:

@@ -23,12 +23,13 @@ def attention(
     kernel: str | None = None,
     **options: Unpack[AttentionOptions],
 ) -> AttentionResult:
-    """Return attention, computed on tensor cores or in their emulation.
+    """Return attention, computed on a device or in the emulation of one.
 
     Spec: FA1-ALG1, VAS-EQ1, VAS-S323b, ALIBI-S3a, OWN-SOFTCAP1, OWN-SINK1, OWN-EMPTY1, OWN-LSE1,
         OWN-ROUND1, OWN-POISON1, OWN-GQA1, OWN-LENGTH1. Differs: weights are rounded to query's
-        dtype before they meet V and are divided, as the profiles fp16 and bf16 permit; a
-        product of float32 is three of TF32, to 2^-22 of its size.
+        dtype before they meet V and are divided, as the profiles fp16 and bf16 permit. On tensor
+        cores a product of float32 is three of TF32, to 2^-22 of its size; numbers below 2^-114
+        lose more, and weights below 2^-126 are 0. Kernel "ffma" loses neither.
 
         S = softcap(scale · Q Kᵀ) + alibi + bias;  O = softmax(S) V
 
@@ -38,7 +39,8 @@ def attention(
         query: Q, (..., h, n_q, d_k), at most four axes, float16, bfloat16 or float32.
         key: K, (..., h_k, n_k, d_k); h is a multiple of h_k.
         value: V, (..., h_k, n_k, d_v). Rows that do not begin at multiples of 16 bytes are copied.
-        kernel: one of `FORWARD`; None = the one that is meant for the problem and the device.
+        kernel: one of `FORWARD`: "forward" on tensor cores, at most 256 features, 128 of float32;
+            "ffma" by multiply-adds of float32, at most 256. None = the first that takes the heads.
         **options: see `refattn.options.AttentionOptions`.
 
     Returns:

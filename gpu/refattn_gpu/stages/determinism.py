@@ -48,6 +48,7 @@ def _subjects() -> Iterator[tuple[str, str, Call]]:
         for dtype in ("float16", "bfloat16", "float32"):
             yield f"forward cuda-cpp {dtype}", dtype, _fast
             yield f"backward cuda-cpp {dtype}", dtype, _fast_backward
+        yield "forward cuda-cpp ffma float32", "float32", _ffma
     for dtype in ("float32", "float64"):
         for form in FORMS:
             for name, call in _passes(form).items():
@@ -56,6 +57,10 @@ def _subjects() -> Iterator[tuple[str, str, Call]]:
 
 def _fast(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:
     return tuple(cuda.attention(query, key, value, causal=True))
+
+
+def _ffma(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:
+    return tuple(cuda.attention(query, key, value, kernel="ffma", causal=True))
 
 
 def _fast_backward(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:
