@@ -80,6 +80,7 @@ def test_conformance_counts_runs_by_backend_and_dtype(whole: dict[str, Any]) -> 
     formats = {"numba-cuda": {"float32", "float64"}, "numba-cuda rows": {"float32", "float64"}}
     if not absent():
         formats["cuda-cpp"] = {"bfloat16", "float32"}
+        formats["cuda-cpp ffma"] = {"float32"}
     for name, dtypes in formats.items():
         tallies = found[name]["by_dtype"]
         assert dtypes <= set(tallies)
@@ -91,8 +92,8 @@ def test_conformance_counts_runs_by_backend_and_dtype(whole: dict[str, Any]) -> 
 
 def test_determinism_counts_different_results(whole: dict[str, Any]) -> None:
     found = whole["stages"]["determinism"]["results"]
-    # two formats, two forms, forward and backward; and the kernels in CUDA C++ in three formats, one by
-    # multiply-adds too
+    # two formats, two forms, forward and backward; and the kernels in CUDA C++ in three formats,
+    # and by multiply-adds
     assert len(found) == 8 + 7 * (not absent())
     for value in found.values():
         assert (value["results"], value["moved"]) == (1, [])

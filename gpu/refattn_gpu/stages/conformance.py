@@ -11,6 +11,7 @@ from refattn.backends import Backend, BackendAbsent, load
 from refattn.check import Job, Result, jobs
 from refattn.check import run as run_job
 from refattn.vectors.pack import Case, core_pack
+from refattn_gpu.cuda.catalogue import FORMATS, FORWARD, most_features
 from refattn_gpu.stages.ground import Ground, Put
 
 BACKENDS = ("cupy", "cuda-cpp", "numba-cuda")
@@ -40,6 +41,9 @@ def run(on: Ground, put: Put) -> None:
         _run_backend(backend, name, cases, put)
         if name == "numba-cuda":
             _run_backend(backend, f"{name} rows", _by_rows(cases), put)
+        if name == "cuda-cpp":
+            for kernel in FORWARD[1:]:
+                _run_backend(backend, f"{name} {kernel}", _by_kernel(cases, kernel), put)
 
 
 def _few(cases: tuple[Case, ...]) -> list[Case]:
@@ -52,6 +56,23 @@ def _by_rows(cases: list[Case]) -> list[Case]:
     """Return the cases of attention, for the other form of the kernels."""
     return [
         replace(case, conventions={**case.conventions, "form": "rows"})
+        for case in cases
+        if case.op == "attention"
+    ]
+
+
+def _by_kernel(cases: list[Case], kernel: str) -> list[Case]:
+    """Return the forward passes of the cases of attention, in the formats of a kernel."""
+    results = ("output", "logsumexp")
+    formats = [dtype for dtype in FORMATS if most_features(dtype, (kernel,))]
+    return [
+        replace(
+            case,
+            conventions={**case.conventions, "kernel": kernel},
+            dtypes=tuple(dtype for dtype in case.dtypes if dtype in formats),
+            inputs={n: x for n, x in case.inputs.items() if not n.startswith("d_")},
+            outputs={n: x for n, x in case.outputs.items() if n in results},
+        )
         for case in cases
         if case.op == "attention"
     ]

@@ -5,8 +5,8 @@
 // lanes run from first to last or from last to first: what is right does not depend on it.
 //
 // Shared memory is watched by chunks of 16 bytes, so that a fault is found in any order of threads:
-// a read of what is still on its way, or of what arrived after the last barrier; a copy over what was
-// read since the last barrier; a copy that nobody waited for. Memory holds poison before it is written,
+// a read of what is still on its way, or of what arrived after the last barrier; a copy or a store over
+// what was read since the last barrier; a copy that nobody waited for. Memory holds poison before it is written,
 // and copies happen as late as they may: at the wait that releases them.
 #pragma once
 #include <setjmp.h>
