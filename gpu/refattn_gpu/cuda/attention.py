@@ -6,13 +6,20 @@ import math
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from refattn.arrays import Array
+from refattn.arrays import Array, array_namespace
 from refattn.attention import AttentionResult
 from refattn.checks import check_option
 from refattn.options import AttentionOptions
 from refattn_gpu.cuda import emulate, machine
-from refattn_gpu.cuda.catalogue import FORWARD, Tile, Variant, has_variant, variant_of
-from refattn_gpu.cuda.problem import Problem, problem_of
+from refattn_gpu.cuda.catalogue import (
+    FORWARD,
+    Tile,
+    Variant,
+    forward_variants,
+    has_variant,
+    variant_of,
+)
+from refattn_gpu.cuda.problem import Problem, address, problem_of
 
 
 def attention(
@@ -40,7 +47,9 @@ def attention(
         key: K, (..., h_k, n_k, d_k); h is a multiple of h_k.
         value: V, (..., h_k, n_k, d_v). Rows that do not begin at multiples of 16 bytes are copied.
         kernel: one of `FORWARD`: "forward" on tensor cores, at most 256 features, 128 of float32;
-            "ffma" by multiply-adds of float32, at most 256. None = the first that takes the heads.
+            "ffma" by multiply-adds of float32, at most 256; "split" on tensor cores for few
+            queries, keys shared out in splits of a fixed size. None = "split" where a group's
+            queries are at most 16, else the first that takes the heads.
         **options: see `refattn.options.AttentionOptions`.
 
     Returns:
@@ -64,21 +73,44 @@ def attention(
 def run_forward(problem: Problem, kernel: str | None = None) -> None:
     """Run a problem on the device, or in the emulation where there is none."""
     kernel = kernel or kernel_for(problem)
-    variant = variant_of(problem.dtype, problem.features, problem.terms, kernel)
-    if machine.on_device(problem.output) or not machine.absent_device():
-        results = [problem.output, problem.logsumexp]
-        machine.launch(variant, problem.job, blocks_of(variant, problem), problem.arrays, results)
-    else:
-        emulated(problem, variant.tile, kernel=kernel)
+    about = problem.dtype, problem.features, problem.terms
+    if not machine.on_device(problem.output) and machine.absent_device():
+        emulated(problem, variant_of(*about, kernel).tile, kernel=kernel)
+        return
+    parts: list[Array] = []
+    for variant in forward_variants(*about, kernel):
+        parts = parts or parts_of(variant, problem)
+        writes = parts if variant.kernel == "split" else [problem.output, problem.logsumexp]
+        reads = [*problem.arrays, *(parts if variant.kernel == "merge" else [])]
+        machine.launch(variant, problem.job, blocks_of(variant, problem), reads, writes)
+
+
+def parts_of(variant: Variant, problem: Problem) -> list[Array]:
+    """Return room for the parts of rows, and tell the job; nothing where a kernel makes none.
+
+    A row has as many parts as warps times splits of the keys, of d_v + 2 numbers of 4 bytes each.
+    """
+    job, tile, xp = problem.job, variant.tile, array_namespace(problem.output)
+    if not tile.split:
+        return []
+    count = job.batch * job.heads * job.n_q * math.ceil(job.n_k / tile.split) * tile.warps
+    outputs = xp.empty((count, job.d_v), dtype=xp.float32)
+    states = xp.empty((count, 2), dtype=xp.float32)
+    job.part_outputs, job.part_states = address(outputs), address(states)
+    return [outputs, states]
 
 
 def kernel_for(problem: Problem) -> str:
     """Return the kernel that is meant for a problem; it depends neither on the batch nor on n_k.
 
-    It is the first of `FORWARD` with a variant: tensor cores, but for heads of float32 whose
-    parts do not fit registers.
+    It is "split" where the queries that read the same keys fit one of its tiles; else the first of
+    `FORWARD` with a variant: tensor cores, but for heads of float32 whose parts do not fit
+    registers.
     """
     about = problem.dtype, problem.features, problem.terms
+    rows = problem.job.n_q * problem.job.heads // max(1, problem.job.key_heads)
+    if has_variant(*about, "split") and rows <= variant_of(*about, "split").tile.rows:
+        return "split"
     return next(kernel for kernel in FORWARD if has_variant(*about, kernel))
 
 
@@ -102,17 +134,31 @@ def emulated(
     Raises:
         EmulationError: the emulation found one.
     """
-    variant = variant_of(problem.dtype, problem.features, problem.terms, kernel)
-    variant = variant._replace(tile=tile)
-    code = emulate.compiled(variant, texts)
-    blocks = blocks_of(variant, problem)
-    emulate.launch(code, problem.job, blocks, problem.arrays, backwards=backwards)
+    parts: list[Array] = []
+    for variant in forward_variants(problem.dtype, problem.features, problem.terms, kernel):
+        variant = variant._replace(tile=tile)
+        code, blocks = emulate.compiled(variant, texts), blocks_of(variant, problem)
+        parts = parts or parts_of(variant, problem)
+        for part in parts if variant.kernel == "split" else ():
+            part.fill(math.nan)  # what nobody writes is no number
+        reads = [*problem.arrays, *(parts if variant.kernel == "merge" else [])]
+        emulate.launch(code, problem.job, blocks, reads, backwards=backwards)
 
 
 def blocks_of(variant: Variant, problem: Problem) -> int:
-    """Return the blocks of the grid: one a tile of queries, of every head of every item."""
-    job = problem.job
-    return int(job.batch * job.heads * math.ceil(job.n_q / variant.tile.rows))
+    """Return the blocks of the grid: one a tile of queries, of every head of every item.
+
+    Where keys are split, one a tile of the rows that read them and a split; and then one for as
+    many rows as there are warps.
+    """
+    job, tile = problem.job, variant.tile
+    if variant.kernel == "merge":
+        return math.ceil(job.batch * job.heads * job.n_q / tile.warps)
+    if variant.kernel == "split":
+        rows = job.n_q * job.heads // max(1, job.key_heads)
+        tiles, splits = math.ceil(rows / tile.rows), math.ceil(job.n_k / tile.split)
+        return int(job.batch * job.key_heads * tiles * splits)
+    return int(job.batch * job.heads * math.ceil(job.n_q / tile.rows))
 
 
 def result_of(problem: Problem, query: Array, value: Array) -> AttentionResult:

@@ -19,6 +19,8 @@ TARGETS = ("sm_80", "sm_90a")
 ENTRIES = {
     "forward": "attention_forward",
     "ffma": "attention_ffma",
+    "split": "attention_split",
+    "merge": "attention_merge",
     "backward_query": "attention_backward_query",
     "backward_key": "attention_backward_key",
     "backward_only_key": "attention_backward_key",
@@ -27,8 +29,9 @@ ENTRIES = {
 }
 """The function that each kernel is."""
 
-FORWARD = ("forward", "ffma")
-"""The kernels of forward passes: each computes any attention that it has a variant for."""
+FORWARD = ("forward", "ffma", "split")
+"""The kernels of forward passes: each computes any attention that it has a variant for; "split" with
+"merge" behind it."""
 
 BACKWARD = ("backward_query", "backward_key", "backward_only_key", "backward_only_value")
 """The kernels of backward passes: of dQ, of dK and dV, and of one of these where both do not fit a
@@ -48,6 +51,8 @@ class Tile(NamedTuple):
     """That a multiprocessor shall hold at least: it limits the registers of a thread."""
     q_in_registers: bool
     """Whether Q_i is read from shared memory once, or for every tile of keys."""
+    split: int = 0
+    """Keys of a block whose warps share keys, `cols` each, and not rows; 0 where they share rows."""
 
 
 class Variant(NamedTuple):
@@ -85,7 +90,10 @@ class Variant(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Of a block: its own tiles, its stages of K_j and V_j, or of Q_i and dO_i, and weights."""
-        rows = self.own_tiles * self.tile.rows + 2 * self.stages * self.tile.cols
+        if self.kernel == "merge":
+            return 0
+        keys = self.tile.cols * (self.tile.warps if self.tile.split else 1)
+        rows = self.own_tiles * self.tile.rows + 2 * self.stages * keys
         return itemsize(self.dtype) * self.features * rows + self.weight_bytes * self.tile.rows
 
     @property
@@ -105,9 +113,10 @@ class Variant(NamedTuple):
 
     def defines(self) -> dict[str, int]:
         """Return what the compiler is told."""
-        rows, cols, warps, blocks, q_in_registers = self.tile
+        rows, cols, warps, blocks, q_in_registers, split = self.tile
         return {
             "FEATURES": self.features,
+            "SPLIT": split,
             "ROWS": rows,
             "COLS": cols,
             "WARPS": warps,
@@ -158,6 +167,21 @@ FFMA = {
 """Those of the kernel of multiply-adds, likewise. Where sums leave room, a thread has 8 rows by 8
 keys, which read 16 chunks for 256 multiply-adds; 4 rows by 8 keys read 12 for 128."""
 
+SPLIT16 = {
+    32: Tile(16, 16, 4, 4, False, 512),
+    64: Tile(16, 16, 4, 4, False, 512),
+    128: Tile(16, 16, 4, 3, False, 512),
+    256: Tile(16, 16, 4, 1, False, 512),
+}
+"""Those of few queries and many keys, in 16 bits: 16 rows are the fewest that an mma takes."""
+
+SPLIT32 = {
+    32: Tile(16, 16, 4, 4, False, 512),
+    64: Tile(16, 16, 4, 3, False, 512),
+    128: Tile(16, 16, 4, 1, False, 512),
+}
+"""The same for float32."""
+
 NARROW = Tile(128, 16, 8, 1, False)
 """What fits of the widest heads: beside a sum of theirs there is room for little."""
 
@@ -197,6 +221,9 @@ BACKWARD32 = {
 SMALL = Tile(32, 16, 2, 1, True)
 """A tile for the emulation: two warps, and many tiles of a short sequence."""
 
+SMALL_SPLIT = Tile(16, 16, 2, 1, False, 32)
+"""The same for the kernel that splits keys: several splits of a short sequence."""
+
 SMALL_FFMA = Tile(32, 32, 2, 1, False)
 """The same for the kernel whose weights pass 32 at a time."""
 
@@ -218,6 +245,8 @@ def tiles_of(kernel: str, dtype: str, terms: bool) -> dict[int, Tile]:
         return KEYS_TERMS
     if kernel == "ffma":
         return FFMA if wide else {}
+    if kernel in ("split", "merge"):
+        return SPLIT32 if wide else SPLIT16
     if kernel in BACKWARD:
         return (BACKWARD32 if wide else BACKWARD16)[kernel]
     return FLOAT32 if wide else TERMS if terms else PLAIN
@@ -235,6 +264,12 @@ def variant_of(dtype: str, d: int, terms: bool, kernel: str = "forward") -> Vari
     """
     features = features_for(d)
     return Variant(kernel, dtype, features, terms, tiles_of(kernel, dtype, terms)[features])
+
+
+def forward_variants(dtype: str, d: int, terms: bool, kernel: str) -> list[Variant]:
+    """Return what a kernel of `FORWARD` runs, in the order in which it runs."""
+    kernels = ("split", "merge") if kernel == "split" else (kernel,)
+    return [variant_of(dtype, d, terms, name) for name in kernels]
 
 
 def backward_variants(dtype: str, d: int, terms: bool) -> list[Variant]:
@@ -256,7 +291,7 @@ def variants() -> list[Variant]:
     """Return every variant that a device may be given."""
     return [
         variant_of(dtype, d, terms, kernel)
-        for kernel in (*FORWARD, *BACKWARD)
+        for kernel in (*FORWARD, "merge", *BACKWARD)
         for dtype in FORMATS
         for d in tiles_of(kernel, dtype, terms=False)
         for terms in (False, True)

@@ -28,6 +28,7 @@ HEADERS = (
     "job.h",
     "cells.h",
     "again.h",
+    "parts.h",
     "tiles.h",
     "products16.h",
     "products32.h",

@@ -36,6 +36,7 @@ class Job(ctypes.Structure):
         *((name, Rows) for name in ("d_output", "result")),
         *((name, _pointer) for name in ("d_logsumexp", "dots")),
         *((name, _pointer) for name in ("d_query", "d_key", "d_value", "d_bias", "d_slopes")),
+        *((name, _pointer) for name in ("part_outputs", "part_states")),
     ]
 
 

@@ -12,11 +12,6 @@ struct Lines {
   float dK[M_TILES][FEATURES / 8][4], dV[M_TILES][FEATURES / 8][4];
 };
 
-// The query head of a group's member (OWN-GQA1); the inverse of what place_of has.
-DEVICE int query_head(const Job& job, int g, int member) {
-  return job.tiled_heads ? member * job.key_heads + g : g * (job.heads / job.key_heads) + member;
-}
-
 DEVICE Place place_of_keys(const Job& job) {
   const int tiles = (job.n_k + ROWS - 1) / ROWS;
   const int block = block_index(), item = block / tiles;

@@ -33,6 +33,11 @@ DEVICE Place place_of(const Job& job) {
   return at;
 }
 
+// The query head of a group's member (OWN-GQA1); the inverse of what place_of has.
+DEVICE int query_head(const Job& job, int g, int member) {
+  return job.tiled_heads ? member * job.key_heads + g : g * (job.heads / job.key_heads) + member;
+}
+
 // The keys that row i sees by its place alone: [from, to), none where from >= to (OWN-CAUSAL1,
 // OWN-WINDOW1, OWN-LENGTH1). Both ends grow with i. No sum leaves 64 bits, whatever the offset and
 // however open the window.
@@ -60,16 +65,21 @@ struct Spans {
   Span some, every;
 };
 
-// Of keys. Rows from n_q on are not written, and forbid nothing; those of a shorter item are empty.
-DEVICE Spans keys_of_tile(const Job& job, const Place& at) {
-  const int n_q = valid_queries(job, at.b);
-  const int end = at.i_first + ROWS < n_q ? at.i_first + ROWS : n_q;
+// Of keys, in tiles of WIDTH, and queries first, ..., end - 1. Queries from n_q on are not written, and
+// forbid nothing; those of a shorter item are empty.
+template <int WIDTH>
+DEVICE Spans keys_of_queries(const Job& job, int b, int first, int end) {
+  const int n_q = valid_queries(job, b);
   Spans found = {{0, 0}, {0, 0}};
-  if (at.i_first >= n_q) return found;
-  const Span top = keys_of_row(job, at.b, at.i_first), last = keys_of_row(job, at.b, end - 1);
-  found.some = {top.from / COLS * COLS, last.to};
-  if (n_q == job.n_q || at.i_first + ROWS <= n_q) found.every = {last.from, top.to};
+  if (first >= n_q) return found;
+  const Span top = keys_of_row(job, b, first), last = keys_of_row(job, b, (end < n_q ? end : n_q) - 1);
+  found.some = {top.from / WIDTH * WIDTH, last.to};
+  if (n_q == job.n_q || end <= n_q) found.every = {last.from, top.to};
   return found;
+}
+
+DEVICE Spans keys_of_tile(const Job& job, const Place& at) {
+  return keys_of_queries<COLS>(job, at.b, at.i_first, at.i_first + ROWS);
 }
 
 // The queries that see key j, likewise; both ends grow with j.

@@ -53,6 +53,7 @@ struct Job {
   Number *d_query, *d_key, *d_value;  // contiguous, in the shapes of Q, K and V
   float* d_bias;                      // by cell, (b, h, n_q, n_k), or null
   float* d_slopes;                    // by row, (b, h, n_q), or null
+  float *part_outputs, *part_states;  // O, and m and l, of each part of a row (parts.h)
 };
 
 static_assert(sizeof(Job) == JOB_BYTES, "the record of the host and of the kernels differ");

@@ -15,6 +15,9 @@
 #include "products16.h"
 #endif
 
+#if SPLIT
+#include "parts.h"
+#else
 // A row of a tile: query i of head at.h.
 struct Query {
   Place at;
@@ -23,6 +26,7 @@ struct Query {
 
 // Row r of what the block's rows are counted in: here, the queries of one head.
 DEVICE Query query_of(const Job&, const Place& at, int r) { return {at, r}; }
+#endif
 
 // A thread's rows of O_i, m_i and l_i.
 struct Lines {
@@ -38,7 +42,7 @@ DEVICE void begin(Lines& my, const Job& job, const Place& at) {
     for (int half = 0; half < 2; half++) {
       my.m[t][half] = LOWEST;
       my.l[t][half] = 0.0f;
-      if (TERMS && job.sinks) {  // a logit that one lane of a row saw before any key (OWN-SINK1)
+      if (TERMS && !SPLIT && job.sinks) {  // a logit that one lane of a row saw before any key (OWN-SINK1)
         my.m[t][half] = read(job.sinks + query_of(job, at, row_of(at, t, half)).at.h);
         my.l[t][half] = at.lane % 4 ? 0.0f : 1.0f;
       }
