@@ -71,7 +71,7 @@ def test_the_machine_code_multiplies_on_tensor_cores_and_leaves_registers_alone(
         found = costs.operations(build.build(variant, target).code)
         assert found["HMMA"] == costs.products(variant)  # one loop over keys, wholly unrolled
         assert (found["LDSM"] > 0) == (found["HMMA"] > 0)  # ldmatrix
-        assert found["LDGSTS"] > 0  # cp.async
+        assert (found["LDGSTS"] > 0) == (variant.kernel != "merge")  # cp.async
         assert found["LDL"] == found["STL"] == 0
 
 

@@ -153,7 +153,7 @@ def blocks_of(variant: Variant, problem: Problem) -> int:
     """
     job, tile = problem.job, variant.tile
     if variant.kernel == "merge":
-        return math.ceil(job.batch * job.heads * job.n_q / tile.warps)
+        return -(-int(job.batch * job.heads * job.n_q) // tile.warps)
     if variant.kernel == "split":
         rows = job.n_q * job.heads // max(1, job.key_heads)
         tiles, splits = math.ceil(rows / tile.rows), math.ceil(job.n_k / tile.split)

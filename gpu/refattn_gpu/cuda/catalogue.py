@@ -30,8 +30,8 @@ ENTRIES = {
 """The function that each kernel is."""
 
 FORWARD = ("forward", "ffma", "split")
-"""The kernels of forward passes: each computes any attention that it has a variant for; "split" with
-"merge" behind it."""
+"""The kernels of forward passes: each computes any attention that it has a variant for. Behind
+"split" runs "merge"."""
 
 BACKWARD = ("backward_query", "backward_key", "backward_only_key", "backward_only_value")
 """The kernels of backward passes: of dQ, of dK and dV, and of one of these where both do not fit a
@@ -52,7 +52,7 @@ class Tile(NamedTuple):
     q_in_registers: bool
     """Whether Q_i is read from shared memory once, or for every tile of keys."""
     split: int = 0
-    """Keys of a block whose warps share keys, `cols` each, and not rows; 0 where they share rows."""
+    """Keys of a block whose warps share keys, `cols` each; 0 where they share rows."""
 
 
 class Variant(NamedTuple):
@@ -92,9 +92,14 @@ class Variant(NamedTuple):
         """Of a block: its own tiles, its stages of K_j and V_j, or of Q_i and dO_i, and weights."""
         if self.kernel == "merge":
             return 0
-        keys = self.tile.cols * (self.tile.warps if self.tile.split else 1)
+        keys = self.tile.cols * self.tile.warps // self.shares
         rows = self.own_tiles * self.tile.rows + 2 * self.stages * keys
         return itemsize(self.dtype) * self.features * rows + self.weight_bytes * self.tile.rows
+
+    @property
+    def shares(self) -> int:
+        """Warps among which a block's rows are divided; those of a split have all rows each."""
+        return 1 if self.tile.split else self.tile.warps
 
     @property
     def own_tiles(self) -> int:
@@ -117,6 +122,7 @@ class Variant(NamedTuple):
         return {
             "FEATURES": self.features,
             "SPLIT": split,
+            "SHARES": self.shares,
             "ROWS": rows,
             "COLS": cols,
             "WARPS": warps,

@@ -81,6 +81,8 @@ def disassembly(code: bytes) -> str:
 PRODUCTS = {
     "forward": ("S", "O"),
     "ffma": ("S", "O"),
+    "split": ("S", "O"),
+    "merge": (),
     "backward_query": ("S", "dP", "dQ"),
     "backward_key": ("S", "dP", "dV", "dK"),
     "backward_only_key": ("S", "dP", "dK"),
@@ -91,11 +93,11 @@ PRODUCTS = {
 
 def products(variant: Variant) -> int:
     """Return how many mma a warp makes in a turn: none where multiply-adds do."""
-    rows, cols, warps, *_ = variant.tile
+    rows, cols, *_ = variant.tile
     if variant.kernel == "ffma":
         return 0
     steps = variant.features // 16 if variant.dtype != "float32" else 3 * (variant.features // 8)
-    return len(PRODUCTS[variant.kernel]) * (rows // warps // 16) * (cols // 8) * steps
+    return len(PRODUCTS[variant.kernel]) * (rows // variant.shares // 16) * (cols // 8) * steps
 
 
 def main(words: list[str] | None = None) -> int:

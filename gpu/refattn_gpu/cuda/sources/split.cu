@@ -92,8 +92,8 @@ attention_split(const __grid_constant__ Job job) {
 
   const auto copy_stage = [&](int stage, int j_first) {  // line 6
     const u32 K_j = stages + stage * STAGE_BYTES;
-    copy_tile<KEYS>(K_j, key, job.key.row, j_first, n_k, job.d_k);
-    copy_tile<KEYS>(K_j + K_BYTES, value, job.value.row, j_first, n_k, job.d_v);
+    copy_tile<KEYS, 4>(K_j, key, job.key.row, j_first, n_k, job.d_k);
+    copy_tile<KEYS, 4>(K_j + K_BYTES, value, job.value.row, j_first, n_k, job.d_v);
     cp_async_commit();
   };
   copy_queries(Q_i, job, at);  // line 8

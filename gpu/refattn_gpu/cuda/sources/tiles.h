@@ -10,9 +10,8 @@
 constexpr int THREADS = 32 * WARPS;
 constexpr int EACH = 16 / sizeof(Number);  // numbers of a chunk
 constexpr int CHUNKS = FEATURES / EACH;
-constexpr int SHARES = SPLIT ? 1 : WARPS;           // among which a block's rows are divided
-constexpr int M_TILES = ROWS / SHARES / 16;         // tiles of 16 rows that a warp has
-constexpr int KEYS = SPLIT ? WARPS * COLS : COLS;   // of a stage, of which a warp has COLS
+constexpr int M_TILES = ROWS / SHARES / 16;   // tiles of 16 rows that a warp has
+constexpr int KEYS = WARPS / SHARES * COLS;  // of a stage, of which a warp multiplies COLS
 constexpr int PERMUTED = CHUNKS < 8 ? CHUNKS : 8;
 constexpr u32 Q_BYTES = ROWS * CHUNKS * 16, K_BYTES = KEYS * CHUNKS * 16;
 constexpr u32 STAGE_BYTES = 2 * K_BYTES;  // K_j and V_j
