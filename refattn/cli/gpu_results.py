@@ -114,7 +114,8 @@ def _show_timing(results: dict[str, Any]) -> None:
 def _ours(name: str, subjects: dict[str, dict[str, float]]) -> float | None:
     """Return the seconds of our fast kernel in a subject's format, or of the readable one."""
     dtype = name.rsplit(" ", 1)[-1]
-    found = subjects.get(f"refattn cuda-cpp {dtype}") or subjects.get(f"refattn tiles {dtype}")
+    names = (f"refattn {ours} {dtype}" for ours in ("cuda-cpp", "split", "tiles"))
+    found = next((subjects[name] for name in names if name in subjects), None)
     return found["seconds"] if found else None
 
 
@@ -149,6 +150,7 @@ _SHOW = {
     "conformance": _show_conformance,
     "accuracy": _show_accuracy,
     "timing": _show_timing,
+    "decoding": _show_timing,
     "gradients": _show_timing,
 }
 """Stages with a table of their own."""

@@ -172,6 +172,17 @@ def test_gradients_have_every_subject_or_why_it_refused(whole: dict[str, Any]) -
             assert 0 < row["low"] <= row["seconds"] <= row["high"]
 
 
+def test_decoding_has_every_subject_or_why_it_refused(whole: dict[str, Any]) -> None:
+    found = whole["stages"]["decoding"]["results"]
+    assert list(found) == ["1,2/1,16,8", "1,2/2,16,8"]
+    for shape in found.values():
+        fast = {"refattn split float16", "refattn forward float16"}
+        assert absent() or fast <= set(shape["subjects"])
+        for row in shape["subjects"].values():
+            assert 0 < row["low"] <= row["seconds"] <= row["high"]
+            assert row["gigabytes_a_second"] > 0
+
+
 def test_a_tool_that_is_absent_is_said_to_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

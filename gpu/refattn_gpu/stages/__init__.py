@@ -26,7 +26,10 @@ STAGES = (
     Stage("determinism", 50, "the same bits in a hundred runs and whatever shares the batch"),
     Stage("memory", 40, "device memory beside inputs and outputs, against the number of keys"),
     Stage("timing", 130, "beside torch's attention and standard attention, turn by turn"),
+    Stage(
+        "decoding", 30, "one query a sequence beside torch's attention: how fast K and V are read"
+    ),
     Stage("gradients", 50, "backward beside torch's, which is asked to be deterministic"),
-    Stage("sanitizer", 90, "compute-sanitizer's memcheck and racecheck on small shapes"),
+    Stage("sanitizer", 60, "compute-sanitizer's memcheck and racecheck on small shapes"),
 )
 """In the order in which they run; together they end within ten minutes."""

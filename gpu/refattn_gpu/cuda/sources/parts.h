@@ -1,6 +1,6 @@
 // The rows of a decoding, and where their parts lie. A decoding has few queries and many keys, so that
 // tiles of queries are too few for the device: keys are split, SPLIT at a time whatever their number, a
-// block a split, and a warp of a block has COLS keys of every KEYS. What one warp found is a part.
+// block a split, and a warp of a block has COLS keys of every STAGE_KEYS. What one warp found is a part.
 //
 // The query heads that read the same keys are rows side by side, so that keys are read once for all
 // (OWN-GQA1): row r of key-value head g is query r / group of the group's member r % group.

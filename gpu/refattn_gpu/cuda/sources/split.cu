@@ -4,7 +4,7 @@
 // rows to share among warps: every warp has all of them, and keys of its own. Each leaves what it
 // found, O_i not yet divided, m_i and l_i, as a part, and merge.cu adds the parts up in the order of keys.
 //
-// Key j is always met by warp j % KEYS / COLS of split j / SPLIT: the bits of a row depend neither on what
+// Key j is always met by warp j % STAGE_KEYS / COLS of split j / SPLIT: the bits of a row depend neither on what
 // stands beside it nor on how many keys follow those that it sees.
 #define PARTED 1
 #include "rows.h"
@@ -32,7 +32,7 @@ DEVICE Work work_of(const Job& job) {
 DEVICE Spans keys_of_split(const Job& job, const Work& my) {
   const int end = my.at.i_first + ROWS < rows_of(job) ? my.at.i_first + ROWS : rows_of(job);
   const int first = my.at.i_first / group_of(job), last = (end - 1) / group_of(job);
-  Spans found = keys_of_queries<KEYS>(job, my.at.b, first, last + 1);
+  Spans found = keys_of_queries<STAGE_KEYS>(job, my.at.b, first, last + 1);
   const int from = my.split * SPLIT, to = from + SPLIT;
   if (found.some.from < from) found.some.from = from;
   if (found.some.to > to) found.some.to = to;
@@ -92,8 +92,8 @@ attention_split(const __grid_constant__ Job job) {
 
   const auto copy_stage = [&](int stage, int j_first) {  // line 6
     const u32 K_j = stages + stage * STAGE_BYTES;
-    copy_tile<KEYS, 4>(K_j, key, job.key.row, j_first, n_k, job.d_k);
-    copy_tile<KEYS, 4>(K_j + K_BYTES, value, job.value.row, j_first, n_k, job.d_v);
+    copy_tile<STAGE_KEYS, 4>(K_j, key, job.key.row, j_first, n_k, job.d_k);
+    copy_tile<STAGE_KEYS, 4>(K_j + K_BYTES, value, job.value.row, j_first, n_k, job.d_v);
     cp_async_commit();
   };
   copy_queries(Q_i, job, at);  // line 8
@@ -103,10 +103,10 @@ attention_split(const __grid_constant__ Job job) {
   const u32 rows = left_address(Q_i, 0, at.lane);
   int stage = 0;
 #pragma unroll 1
-  for (int j_first = some.from; j_first < some.to; j_first += KEYS, stage ^= 1) {  // line 5
+  for (int j_first = some.from; j_first < some.to; j_first += STAGE_KEYS, stage ^= 1) {  // line 5
     cp_async_wait<0>();
     barrier();  // K_j and V_j are whole, and no warp reads the other stage any more
-    if (j_first + KEYS < some.to) copy_stage(stage ^ 1, j_first + KEYS);
+    if (j_first + STAGE_KEYS < some.to) copy_stage(stage ^ 1, j_first + STAGE_KEYS);
     const u32 K_j = stages + stage * STAGE_BYTES + warp * COLS * CHUNKS * 16;
     const int its_first = j_first + warp * COLS;
     float S[M_TILES][COLS / 8][4] = {};

@@ -11,14 +11,14 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int EACH = 16 / sizeof(Number);  // numbers of a chunk
 constexpr int CHUNKS = FEATURES / EACH;
 constexpr int M_TILES = ROWS / SHARES / 16;   // tiles of 16 rows that a warp has
-constexpr int KEYS = WARPS / SHARES * COLS;  // of a stage, of which a warp multiplies COLS
+constexpr int STAGE_KEYS = WARPS / SHARES * COLS;  // of a stage, of which a warp multiplies COLS
 constexpr int PERMUTED = CHUNKS < 8 ? CHUNKS : 8;
-constexpr u32 Q_BYTES = ROWS * CHUNKS * 16, K_BYTES = KEYS * CHUNKS * 16;
+constexpr u32 Q_BYTES = ROWS * CHUNKS * 16, K_BYTES = STAGE_KEYS * CHUNKS * 16;
 constexpr u32 STAGE_BYTES = 2 * K_BYTES;  // K_j and V_j
 constexpr u32 SHARED_BYTES =  // OWN_TILES stay, stages pass
     OWN_TILES * Q_BYTES + STAGES * STAGE_BYTES + ROWS * WEIGHT_BYTES;
 
-static_assert(ROWS % (16 * SHARES) == 0 && SPLIT % KEYS == 0 && COLS % 16 == 0 && FEATURES % 32 == 0, "tile sizes");
+static_assert(ROWS % (16 * SHARES) == 0 && SPLIT % STAGE_KEYS == 0 && COLS % 16 == 0 && FEATURES % 32 == 0, "tile sizes");
 
 // A row of a thread: of 16 rows it has two.
 DEVICE int row_of(const Place& at, int t, int half) {
