@@ -175,6 +175,16 @@ def test_any_scale_neither_overflows_nor_vanishes(scale: float) -> None:
     assert off(found.logsumexp, true.logsumexp) <= 2e-6
 
 
+def test_a_long_row_is_rounded_less_than_where_every_tile_is_added_to_it() -> None:
+    arrays = problem(n_q=17, n_k=4001)
+    true = exact(arrays).output
+
+    def rms(output: np.ndarray) -> float:
+        return float(np.sqrt(((output - true) ** 2).mean()))
+
+    assert 0 < rms(run(arrays).output) <= 0.7 * rms(run(arrays, SMALL, "forward").output)
+
+
 BOTH = pytest.mark.parametrize("more", [{}, {"softcap": 1e4}], ids=["plain", "terms"])
 """Both variants; the cap is too far to bend a logit by a float32's last bit."""
 
