@@ -258,9 +258,9 @@ def test_the_kernel_is_chosen_by_the_features_and_may_be_named() -> None:
 @pytest.mark.parametrize("dtype", FORMATS[:2])
 def test_what_the_kernel_does_not_claim_is_refused_in_one_sentence(dtype: str) -> None:
     arrays = [refattn.backends.cast_floats(array, dtype) for array in problem()]
-    with pytest.raises(Unsupported, match=rf"dtype {dtype}, but kernel 'ffma' supports float32 \["):
+    with pytest.raises(Unsupported, match=rf"dtype {dtype}, but kernel ffma supports float32 \["):
         cuda.attention(*arrays, kernel="ffma")
-    with pytest.raises(Unsupported, match=r"129 features, but kernel 'forward' supports at most"):
+    with pytest.raises(Unsupported, match=r"129 features, but kernel forward supports at most"):
         cuda.attention(*problem(d=129), kernel="forward")
     with pytest.raises(
         Unsupported, match=r"257 features, but the CUDA kernels support at most 256"
