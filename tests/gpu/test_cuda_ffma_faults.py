@@ -27,6 +27,7 @@ TRIES = (
     ("attention-dropout-half", SMALL_FFMA),
     ("attention-family-outliers", SMALL_FFMA),  # 64 features
     ("attention-family-rising", WIDE),
+    ("attention-head-size-256", SMALL_FFMA),
 )
 """Vectors and tiles in the order in which they are tried."""
 
@@ -45,6 +46,9 @@ FAULTS = {
         "ffma.cu", "(32 * half + c) * LINE_BYTES", "c * LINE_BYTES"
     ),
     "every chunk of O is the first": Fault("ffma.cu", " + part * ACROSS * 16", ""),
+    "every sum is added to the first chunks of O": Fault(
+        "ffma.cu", "O[r][first + part]", "O[r][part]"
+    ),
     "a product of a chunk is left out": Fault(
         "ffma.cu", "S[r][n] = multiply_add(q[r][e]", "if (e) S[r][n] = multiply_add(q[r][e]"
     ),
@@ -61,8 +65,8 @@ FAULTS = {
     ),
     "no barrier before weights are read": Fault(
         "ffma.cu",
-        "    warp_barrier();\n#pragma unroll 1",
-        "#pragma unroll 1",
+        "    warp_barrier();\n#pragma unroll\n    for (int first",
+        "#pragma unroll\n    for (int first",
         "a read of what another thread wrote: no barrier",
     ),
     "no barrier before weights are overwritten": Fault(
@@ -76,8 +80,8 @@ FAULTS = {
     ),
     "one lane is left out of a barrier": Fault(
         "ffma.cu",
-        "    warp_barrier();\n#pragma unroll 1",
-        "    if (lane) warp_barrier();\n#pragma unroll 1",
+        "    warp_barrier();\n#pragma unroll\n    for (int first",
+        "    if (lane) warp_barrier();\n#pragma unroll\n    for (int first",
         "different operations|wait for ever",
     ),
     # copies
@@ -106,8 +110,9 @@ FAULTS = {
         "ffma.cu", "job.key.row, j_first + COLS, n_k", "job.key.row, some.from, n_k"
     ),
     # the softmax
-    "O is not rescaled": Fault("ffma.cu", "my.O[r][p][e] *= old;", ";"),
-    "l is not rescaled": Fault("ffma.cu", "my.l[r] *= old;", ""),
+    "O is not rescaled": Fault("ffma.cu", "half ? 1.0f : old[r]", "1.0f"),
+    "O is rescaled twice in a tile": Fault("ffma.cu", "half ? 1.0f : old[r]", "old[r]"),
+    "l is not rescaled": Fault("ffma.cu", "my.l[r], old[r], l)", "my.l[r], 1.0f, l)"),
     "half of a row's lanes are the row": Fault("ffma.cu", "int bits = 2;", "int bits = 4;"),
     "every lane sees the sink": Fault("ffma.cu", "? 0.0f : 1.0f;\n    }", "? 1.0f : 1.0f;\n    }"),
     "a small weight is flushed to zero": Fault(

@@ -96,7 +96,7 @@ def _check_claimed(
     name = dtype_name(query)
     formats = [other for other in FORMATS if most_features(other, kernels)]
     if name not in formats:
-        who = f"kernel {kernels[0]!r} supports" if len(kernels) == 1 else "the CUDA kernels support"
+        who = f"kernel {kernels[0]} supports" if len(kernels) == 1 else "the CUDA kernels support"
         raise Unsupported(f"query has dtype {name}, but {who} {', '.join(formats)} [{function}]")
     for option, claimed in CLAIMED.items():
         if options[option] != claimed:
@@ -109,7 +109,7 @@ def _check_claimed(
             f"query has {query.ndim} axes, but the CUDA kernels support at most 4 [{function}]"
         )
     if d > (most := most_features(name, kernels)):
-        who = f"kernel {kernels[0]!r} supports" if len(kernels) == 1 else "the CUDA kernels support"
+        who = f"kernel {kernels[0]} supports" if len(kernels) == 1 else "the CUDA kernels support"
         raise Unsupported(
             f"a head has {d} features, but {who} at most {most} in {name} [{function}]"
         )

@@ -34,6 +34,8 @@ def main(form: str, simulated: bool) -> None:
         ):
             if form == FAST:
                 cuda.attention(query, key, value, **options)
+                if dtype == "float32":
+                    cuda.attention(query, key, value, kernel="ffma", **options)
                 cuda.attention_backward(d_output, query, key, value, **options)
                 continue
             numba_cuda.attention(query, key, value, form=form, **options)

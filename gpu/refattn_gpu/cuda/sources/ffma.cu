@@ -20,8 +20,10 @@ constexpr int DOWN = 4;                     // lines
 constexpr int LINES = ROWS / WARPS / DOWN;  // rows of a thread
 constexpr int KEYS = COLS / ACROSS;         // keys of a thread in a tile
 constexpr int PARTS = CHUNKS / ACROSS;      // chunks of a row of O_i that a thread has
-constexpr int AHEAD = LINES == 8 ? 1 : 2;   // chunks that are read beforehand, as registers allow
 constexpr u32 LINE_BYTES = CHUNKS * 16;     // of a row of a tile
+
+// As registers allow: chunks of features that S reads beforehand, and parts of O that are summed at once.
+constexpr int AHEAD = LINES == 8 ? 1 : 2, TOGETHER = PARTS == 8 ? 2 : PARTS;
 
 static_assert(COLS % (4 * ACROSS) == 0 && WEIGHT_BYTES == 16 * ACROSS, "weights pass by four");
 
@@ -138,59 +140,70 @@ DEVICE float to_logit(const Job& job, const Place& at, float product, int i, int
   return TERMS ? logit(job, at, i, j, product) : product;
 }
 
-// Lines 10, 11 and 13, and of line 12 what O_i is multiplied by. S becomes P, not yet divided by l.
-DEVICE void to_weights(float (&S)[LINES][KEYS], Lines& my, float unit) {
+// Lines 10, 11 and 13, and of line 12 what O_i is multiplied by: old. S becomes P, not yet divided by l.
+DEVICE void to_weights(float (&S)[LINES][KEYS], Lines& my, float (&old)[LINES], float unit) {
 #pragma unroll
   for (int r = 0; r < LINES; r++) {
-    float m_new = my.m[r];
+    float m_new = my.m[r], l = 0.0f;
 #pragma unroll
     for (int n = 0; n < KEYS; n++) m_new = fmaxf(m_new, S[r][n]);  // line 10
     m_new = over_row(m_new, fmaxf);                                // line 11
     const float shift = shift_of(m_new, unit);
-    const float old = power(times(my.m[r], unit) - shift);
+    old[r] = power(times(my.m[r], unit) - shift);
     my.m[r] = m_new;  // line 13
-    my.l[r] *= old;
 #pragma unroll
     for (int n = 0; n < KEYS; n++) {
       S[r][n] = power(multiply_add(S[r][n], unit, -shift));  // line 10, shifted by m_new at once
-      my.l[r] += S[r][n];
+      l += S[r][n];
     }
-#pragma unroll
-    for (int p = 0; p < PARTS; p++) {  // line 12
-#pragma unroll
-      for (int e = 0; e < 4; e++) my.O[r][p][e] *= old;
-    }
+    my.l[r] = multiply_add(my.l[r], old[r], l);  // line 11
   }
 }
 
-// O += P_ij V_j (line 12), 32 keys at a time. Of a row's 32 weights a lane has 4, and needs all. Chunk c
-// holds those of keys c, c + 8, c + 16 and c + 24, and the keys are summed over in that order.
-DEVICE void multiply_values(float (&O)[LINES][PARTS][4], const float (&P)[LINES][KEYS], u32 V,
-                            u32 weights, int lane) {
+// O = old O + P_ij V_j (line 12), 32 keys at a time. Of a row's 32 weights a lane has 4, and needs all. Chunk c
+// holds those of keys c, c + 8, c + 16 and c + 24, and the keys are summed over in that order, by
+// themselves, before their sum is added: what was summed over n keys is rounded n / 32 times, not n.
+DEVICE void multiply_values(float (&O)[LINES][PARTS][4], const float (&P)[LINES][KEYS],
+                            const float (&old)[LINES], u32 V, u32 weights, int lane) {
   const u32 row = weights_of(weights, lane);
 #pragma unroll
   for (int half = 0; half < KEYS / 4; half++) {
     if (half) warp_barrier();  // what is overwritten was read
     put_four(P, half, row ^ 16 * column_of(lane));
     warp_barrier();
+#pragma unroll
+    for (int first = 0; first < PARTS; first += TOGETHER) {
+      float T[LINES][TOGETHER][4] = {};
 #pragma unroll 1
-    for (int c = 0; c < ACROSS; c++) {
-      float p[LINES][4];
+      for (int c = 0; c < ACROSS; c++) {
+        float p[LINES][4];
 #pragma unroll
-      for (int r = 0; r < LINES; r++) load_chunk(p[r], (row ^ 16 * c) + r * DOWN * WEIGHT_BYTES);
-      const u32 values = (V ^ 16 * c) + (32 * half + c) * LINE_BYTES;
+        for (int r = 0; r < LINES; r++) load_chunk(p[r], (row ^ 16 * c) + r * DOWN * WEIGHT_BYTES);
+        const u32 values = (V ^ 16 * c) + (32 * half + c) * LINE_BYTES + first * ACROSS * 16;
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
+        for (int e = 0; e < 4; e++) {
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-          float v[4];
-          load_chunk(v, values + e * ACROSS * LINE_BYTES + part * ACROSS * 16);
+          for (int part = 0; part < TOGETHER; part++) {
+            float v[4];
+            load_chunk(v, values + e * ACROSS * LINE_BYTES + part * ACROSS * 16);
+#pragma unroll
+            for (int x = 0; x < 4; x++) {
+#pragma unroll
+              for (int r = 0; r < LINES; r++) {
+                T[r][part][x] = multiply_add(p[r][e], v[x], T[r][part][x]);
+              }
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < LINES; r++) {
+#pragma unroll
+        for (int part = 0; part < TOGETHER; part++) {
 #pragma unroll
           for (int x = 0; x < 4; x++) {
-#pragma unroll
-            for (int r = 0; r < LINES; r++) {
-              O[r][part][x] = multiply_add(p[r][e], v[x], O[r][part][x]);
-            }
+            float& sum = O[r][first + part][x];
+            sum = multiply_add(sum, half ? 1.0f : old[r], T[r][part][x]);
           }
         }
       }
@@ -277,7 +290,8 @@ attention_ffma(const __grid_constant__ Job job) {
         return to_logit(job, at, product, i, j);
       });
     }
-    to_weights(S, my, unit);  // lines 10 to 13
+    float old[LINES];
+    to_weights(S, my, old, unit);  // lines 10 to 13
     if (TERMS && job.keep.data) {
       by_cell(S, at, j_first, weights, [&](float weight, int i, int j) {
         return i < job.n_q && j < job.n_k ? dropped(job, at, i, j, weight) : weight;
@@ -289,7 +303,7 @@ attention_ffma(const __grid_constant__ Job job) {
       copy_tile<COLS, 2>(K_j, key, job.key.row, j_first + COLS, n_k, job.d_k);  // line 6
       cp_async_commit();
     }
-    multiply_values(my.O, S, values, weights, at.lane);  // line 12
+    multiply_values(my.O, S, old, values, weights, at.lane);  // line 12
   }
   finish(my, job, at, unit, weights);  // lines 14 to 16
 }
