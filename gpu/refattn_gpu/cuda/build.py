@@ -28,6 +28,7 @@ HEADERS = (
     "products16.h",
     "products32.h",
     "gradients.h",
+    "softmax.h",
     "device/primitives.h",
 )
 """What a kernel includes; a header is included by its bare name."""

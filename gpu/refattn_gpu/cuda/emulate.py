@@ -31,6 +31,7 @@ HEADERS = (
     "products16.h",
     "products32.h",
     "gradients.h",
+    "softmax.h",
     "emulated/primitives.h",
     "emulated/machine.h",
     "emulated/launch.cpp",
