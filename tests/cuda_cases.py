@@ -59,15 +59,17 @@ class Fault(NamedTuple):
     """By default: the bounds reject a result."""
 
 
-def forward(case: Case, dtype: str, tile: Tile | None = None, **more: Any) -> dict[str, Any]:
+def forward(
+    case: Case, dtype: str, tile: Tile | None = None, *, kernel: str = "forward", **more: Any
+) -> dict[str, Any]:
     """Return the results of a vector's forward pass; the device's own tile if none is given."""
     with np.errstate(over="ignore"):  # poison beyond the range of float16 is ∞
         inputs = {n: cast_floats(np.asarray(x), dtype) for n, x in case.inputs.items()}
     query, key, value = (inputs.pop(name) for name in ("query", "key", "value"))
     given: Any = {n: x for n, x in inputs.items() if not n.startswith("d_")}
     problem = problem_of("test", query, key, value, given | case.parameters | case.conventions)
-    variant = variant_of(problem.dtype, problem.features, problem.terms)
-    emulated(problem, tile or variant.tile, **more)
+    variant = variant_of(problem.dtype, problem.features, problem.terms, kernel)
+    emulated(problem, tile or variant.tile, kernel=kernel, **more)
     return result_of(problem, query, value)._asdict()
 
 

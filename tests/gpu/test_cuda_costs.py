@@ -13,7 +13,7 @@ from optional import require_device
 from refattn.errors import RefattnError
 from refattn_gpu import ptx
 from refattn_gpu.cuda import build, catalogue, costs, store
-from refattn_gpu.cuda.catalogue import TARGETS, Variant, variants
+from refattn_gpu.cuda.catalogue import HOPPER, Variant, variants
 
 LARGEST_SHARED = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024}
 """Bytes that a block may ask for."""
@@ -41,7 +41,7 @@ def nvdisasm() -> None:
 @NVRTC
 @EVERY
 def test_no_variant_costs_more_than_its_budget(variant: Variant) -> None:
-    row = {target: build.build(variant, target).usage for target in TARGETS}
+    row = {target: build.build(variant, target).usage for target in variant.targets}
     budgets = ptx.read_budgets(costs.BUDGETS)
     assert ptx.grown({variant.name: row}, budgets, build.release()) == []
     for target, usage in row.items():
@@ -52,7 +52,7 @@ def test_no_variant_costs_more_than_its_budget(variant: Variant) -> None:
 @NVRTC
 @EVERY
 def test_the_assembler_makes_no_asynchronous_product_wait(variant: Variant) -> None:
-    for target in TARGETS:
+    for target in variant.targets:
         assert not build.SERIAL.search(build.build(variant, target).report)
 
 
@@ -67,17 +67,20 @@ def test_a_warning_that_products_wait_is_recognised() -> None:
 def test_the_machine_code_multiplies_on_tensor_cores_and_leaves_registers_alone(
     variant: Variant, nvdisasm: None
 ) -> None:
-    for target in TARGETS:
+    for target in variant.targets:
         found = costs.operations(build.build(variant, target).code)
-        assert found["HMMA"] == costs.products(variant)  # one loop over keys, wholly unrolled
-        assert found["LDSM"] > 0 < found["LDGSTS"]  # ldmatrix and cp.async
+        hopper = variant.kernel in HOPPER
+        assert found["HGMMA" if hopper else "HMMA"] == costs.products(variant)  # one unrolled loop
+        others = ("UTMALDG", "SYNCS") if hopper else ("LDSM", "LDGSTS")  # and how tiles come
+        assert all(found[name] for name in others)
         assert found["LDL"] == found["STL"] == 0
 
 
 def test_every_budget_is_of_a_variant_that_there_is() -> None:
     budgets = ptx.read_budgets(costs.BUDGETS)
     assert set(budgets) - {"ptxas"} == {variant.name for variant in variants()}
-    assert all(set(row) == set(TARGETS) for name, row in budgets.items() if name != "ptxas")
+    for variant in variants():
+        assert set(budgets[variant.name]) == set(variant.targets)
 
 
 def test_without_a_compiler_the_package_is_named(

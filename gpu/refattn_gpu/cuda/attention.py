@@ -8,11 +8,13 @@ from typing import Any, Unpack
 
 from refattn.arrays import Array
 from refattn.attention import AttentionResult
+from refattn.backends import Unsupported
 from refattn.checks import check_option
 from refattn.options import AttentionOptions
 from refattn_gpu.cuda import emulate, machine
-from refattn_gpu.cuda.catalogue import FORWARD, Tile, Variant, variant_of
+from refattn_gpu.cuda.catalogue import FORMATS, FORWARD, HOPPER, Tile, Variant, tiles_of, variant_of
 from refattn_gpu.cuda.problem import Problem, problem_of
+from refattn_gpu.cuda.tensor_maps import mapped, maps_of
 
 
 def attention(
@@ -54,14 +56,31 @@ def attention(
     if kernel is not None:
         check_option("cuda.attention", "kernel", kernel, FORWARD)
     problem = problem_of("cuda.attention", query, key, value, options)
+    if kernel is not None:
+        _check_kernel(kernel, problem)
     run_forward(problem, kernel)
     return result_of(problem, query, value)
+
+
+def _check_kernel(kernel: str, problem: Problem) -> None:
+    """Refuse a kernel that has no variant for a problem, or that the device cannot run."""
+    if not tiles_of(kernel, problem.dtype, problem.terms):
+        has = ", ".join(name for name in FORMATS if tiles_of(kernel, name, problem.terms))
+        raise Unsupported(
+            f"query has dtype {problem.dtype}, but kernel {kernel} supports {has} [cuda.attention]"
+        )
+    if kernel in HOPPER and not machine.absent_device() and not machine.is_hopper():
+        raise Unsupported(
+            f"the device has compute capability {machine.capability()}, but kernel {kernel} needs "
+            f"{machine.HOPPER_CAPABILITY} [cuda.attention]"
+        )
 
 
 def run_forward(problem: Problem, kernel: str | None = None) -> None:
     """Run a problem on the device, or in the emulation where there is none."""
     kernel = kernel or kernel_for(problem)
     variant = variant_of(problem.dtype, problem.features, problem.terms, kernel)
+    problem = mapped(problem) if kernel in HOPPER else problem
     if machine.on_device(problem.output) or not machine.absent_device():
         results = [problem.output, problem.logsumexp]
         machine.launch(variant, problem.job, blocks_of(variant, problem), problem.arrays, results)
@@ -70,7 +89,13 @@ def run_forward(problem: Problem, kernel: str | None = None) -> None:
 
 
 def kernel_for(problem: Problem) -> str:
-    """Return the kernel that is meant for a problem; it depends neither on the batch nor on n_k."""
+    """Return the kernel that is meant for a problem; it depends neither on the batch nor on n_k.
+
+    A Hopper's own kernel has no smaller head than 64 features: one of 32 would be half of zeros.
+    """
+    has = tiles_of("hopper", problem.dtype, problem.terms)
+    if has and min(has) // 2 < problem.features and machine.is_hopper():
+        return "hopper"
     return FORWARD[0]
 
 
@@ -97,8 +122,11 @@ def emulated(
     variant = variant_of(problem.dtype, problem.features, problem.terms, kernel)
     variant = variant._replace(tile=tile)
     code = emulate.compiled(variant, texts)
-    blocks = blocks_of(variant, problem)
-    emulate.launch(code, problem.job, blocks, problem.arrays, backwards=backwards)
+    blocks, maps = blocks_of(variant, problem), None
+    if kernel in HOPPER:
+        problem = mapped(problem)
+        maps = maps_of(variant, problem.job)
+    emulate.launch(code, problem.job, blocks, problem.arrays, maps=maps, backwards=backwards)
 
 
 def blocks_of(variant: Variant, problem: Problem) -> int:

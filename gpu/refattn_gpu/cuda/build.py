@@ -29,7 +29,9 @@ HEADERS = (
     "products32.h",
     "gradients.h",
     "softmax.h",
+    "products_hopper.h",
     "device/primitives.h",
+    "device/hopper.h",
 )
 """What a kernel includes; a header is included by its bare name."""
 

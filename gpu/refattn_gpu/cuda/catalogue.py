@@ -23,15 +23,21 @@ ENTRIES = {
     "backward_only_key": "attention_backward_key",
     "backward_only_value": "attention_backward_key",
     "instructions": "single_instructions",
+    "hopper": "attention_forward_hopper",
+    "instructions_hopper": "single_instructions",
 }
 """The function that each kernel is."""
 
-FORWARD = ("forward",)
+FORWARD = ("forward", "hopper")
 """The kernels of forward passes: each computes any attention that it has a variant for."""
 
 BACKWARD = ("backward_query", "backward_key", "backward_only_key", "backward_only_value")
 """The kernels of backward passes: of dQ, of dK and dV, and of one of these where both do not fit a
 thread's registers."""
+
+
+HOPPER = ("hopper", "instructions_hopper")
+"""The kernels that only a Hopper runs: they take maps of tensors, and have warps that only copy."""
 
 
 class Tile(NamedTuple):
@@ -42,7 +48,7 @@ class Tile(NamedTuple):
     cols: int
     """B_c: keys, or queries, of a tile; two tiles are in shared memory at a time."""
     warps: int
-    """Of a block; each has 16 or 32 of the rows."""
+    """Of a block, of those that have 16 or 32 of the rows each."""
     blocks: int
     """That a multiprocessor shall hold at least: it limits the registers of a thread."""
     q_in_registers: bool
@@ -69,7 +75,8 @@ class Variant(NamedTuple):
     @property
     def source(self) -> str:
         """The file that it is compiled from."""
-        return "backward_key.cu" if "_only_" in self.kernel else f"{self.kernel}.cu"
+        other = {"hopper": "forward_hopper.cu"}.get(self.kernel, f"{self.kernel}.cu")
+        return "backward_key.cu" if "_only_" in self.kernel else other
 
     @property
     def entry(self) -> str:
@@ -79,13 +86,24 @@ class Variant(NamedTuple):
     @property
     def threads(self) -> int:
         """Of a block."""
-        return 32 * self.tile.warps
+        return 32 * (self.tile.warps + self.copying)
+
+    @property
+    def copying(self) -> int:
+        """Warps of a block that only copy."""
+        return 4 if self.kernel in HOPPER else 0
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What it is compiled for."""
+        return ("sm_90a",) if self.kernel in HOPPER else TARGETS
 
     @property
     def shared_bytes(self) -> int:
         """Of a block: its own tiles, and two stages of K_j and V_j, or of Q_i and dO_i."""
         own = self.own_tiles * self.tile.rows
-        return itemsize(self.dtype) * self.features * (own + 4 * self.tile.cols)
+        barriers = 128 if self.copying else 0
+        return itemsize(self.dtype) * self.features * (own + 4 * self.tile.cols) + barriers
 
     @property
     def own_tiles(self) -> int:
@@ -103,6 +121,8 @@ class Variant(NamedTuple):
             "BLOCKS": blocks,
             "Q_IN_REGISTERS": int(q_in_registers),
             "OWN_TILES": self.own_tiles,
+            "COPYING": self.copying,
+            "MAPS": int(self.kernel in HOPPER),
             "GIVES_KEY": int(self.kernel != "backward_only_value"),
             "GIVES_VALUE": int(self.kernel != "backward_only_key"),
             "TERMS": int(self.terms),
@@ -135,6 +155,21 @@ FLOAT32 = {
     128: Tile(128, 32, 8, 1, False),
 }
 """The same for float32, with and without terms; the parts of 256 features do not fit registers."""
+
+HOPPERS = {
+    64: Tile(128, 128, 8, 1, False),
+    128: Tile(128, 128, 8, 1, False),
+    256: Tile(128, 64, 8, 1, False),
+}
+"""Tiles of 16 bits on a Hopper: two warp groups of 64 rows; smaller heads end in zeros."""
+
+HOPPERS_TERMS = {
+    64: HOPPERS[64],
+    128: Tile(128, 64, 8, 1, False),
+    256: Tile(128, 32, 8, 1, False),
+}
+"""The same where logits are made of more: at twice the keys 128 features spilled 148 bytes, and 256
+spilled 228."""
 
 NARROW = Tile(128, 16, 8, 1, False)
 """What fits of the widest heads: beside a sum of theirs there is room for little."""
@@ -175,6 +210,9 @@ BACKWARD32 = {
 SMALL = Tile(32, 16, 2, 1, True)
 """A tile for the emulation: two warps, and many tiles of a short sequence."""
 
+SMALL_HOPPER = Tile(64, 16, 4, 1, False)
+"""The same of one warp group."""
+
 
 def itemsize(dtype: str) -> int:
     """Return the bytes of a number."""
@@ -189,6 +227,8 @@ def features_for(d: int) -> int:
 def tiles_of(kernel: str, dtype: str, terms: bool) -> dict[int, Tile]:
     """Return the tiles of a kernel by features."""
     wide = dtype == "float32"
+    if kernel == "hopper":
+        return {} if wide else HOPPERS_TERMS if terms else HOPPERS
     if kernel == "backward_key" and terms and not wide:
         return KEYS_TERMS
     if kernel in BACKWARD:
@@ -201,8 +241,9 @@ def variant_of(dtype: str, d: int, terms: bool, kernel: str = "forward") -> Vari
 
     It depends on nothing else: not on the batch, nor on the number of rows.
     """
-    features = features_for(d)
-    return Variant(kernel, dtype, features, terms, tiles_of(kernel, dtype, terms)[features])
+    tiles = tiles_of(kernel, dtype, terms)
+    features = next(most for most in tiles if d <= most)
+    return Variant(kernel, dtype, features, terms, tiles[features])
 
 
 def backward_variants(dtype: str, d: int, terms: bool) -> list[Variant]:

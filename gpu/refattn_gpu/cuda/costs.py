@@ -17,7 +17,7 @@ from pathlib import Path
 
 from refattn.errors import RefattnError
 from refattn_gpu.cuda.build import build, release
-from refattn_gpu.cuda.catalogue import TARGETS, Variant, variants
+from refattn_gpu.cuda.catalogue import HOPPER, Variant, variants
 from refattn_gpu.ptx import Table, as_toml
 
 BUDGETS = Path(__file__).with_name("budgets.toml")
@@ -36,7 +36,7 @@ def measured() -> Table:
     Raises:
         BuildError: there is no compiler here, or it refuses a kernel.
     """
-    return {v.name: {target: build(v, target).usage for target in TARGETS} for v in variants()}
+    return {v.name: {target: build(v, target).usage for target in v.targets} for v in variants()}
 
 
 def _disassembler() -> str:
@@ -80,6 +80,7 @@ def disassembly(code: bytes) -> str:
 
 PRODUCTS = {
     "forward": ("S", "O"),
+    "hopper": ("S", "O"),
     "backward_query": ("S", "dP", "dQ"),
     "backward_key": ("S", "dP", "dV", "dK"),
     "backward_only_key": ("S", "dP", "dK"),
@@ -89,8 +90,10 @@ PRODUCTS = {
 
 
 def products(variant: Variant) -> int:
-    """Return how many mma a warp makes in a turn."""
+    """Return how many mma a warp, or wgmma a warp group, makes in a turn."""
     rows, cols, warps, *_ = variant.tile
+    if variant.kernel in HOPPER:
+        return variant.features // 16 + cols // 16
     steps = variant.features // 16 if variant.dtype != "float32" else 3 * (variant.features // 8)
     return len(PRODUCTS[variant.kernel]) * (rows // warps // 16) * (cols // 8) * steps
 
