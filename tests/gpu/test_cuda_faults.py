@@ -49,13 +49,13 @@ FAULTS = {
         "products16.h", "moved(values, 16 * k, n)", "moved(values, 8 * k, n)"
     ),
     "two registers of the weights change places": Fault(
-        "products16.h", "a[t][1] = pack(P[t][2 * k][2]", "a[t][1] = pack(P[t][2 * k + 1][2]"
+        "products16.h", "a[1] = pack(P[2 * k][2]", "a[1] = pack(P[2 * k + 1][2]"
     ),
     "V is not read transposed": Fault("products16.h", "ldmatrix_x4_trans(b", "ldmatrix_x4(b"),
     "the weights of two keys change places": Fault(
         "products16.h",
-        "pack(P[t][2 * k][0], P[t][2 * k][1])",
-        "pack(P[t][2 * k][1], P[t][2 * k][0])",
+        "pack(P[2 * k][0], P[2 * k][1])",
+        "pack(P[2 * k][1], P[2 * k][0])",
     ),
     "a large part meets a large part only": Fault(
         "products32.h", "  mma_m16n8k8(c, a.small, b.large[first], b.large[first + 1]);\n", ""
@@ -139,28 +139,26 @@ FAULTS = {
         "that were not waited for",
     ),
     "one lane is left out of a shuffle": Fault(
-        "softmax.h",
+        "rows.h",
         "m_new = fmaxf(m_new, shuffle_xor(m_new, 2));",
         "if (thread_index() % 32) m_new = fmaxf(m_new, shuffle_xor(m_new, 2));",
         "different operations|wait for ever",
     ),
     # the softmax
-    "O is not rescaled": Fault("softmax.h", "my.O[t][n][e] *= old[t][e / 2];", ";"),
-    "l is not rescaled": Fault(
-        "softmax.h", "l = old[t][half] * my.l[t][half]", "l = my.l[t][half]"
-    ),
+    "O is not rescaled": Fault("rows.h", "my.O[t][n][e] *= old[t][e / 2];", ";"),
+    "l is not rescaled": Fault("rows.h", "l = old[t][half] * my.l[t][half]", "l = my.l[t][half]"),
     "the maximum of two lanes is the row's": Fault(
-        "softmax.h", "m_new = fmaxf(m_new, shuffle_xor(m_new, 2));", ""
+        "rows.h", "m_new = fmaxf(m_new, shuffle_xor(m_new, 2));", ""
     ),
-    "the sum of two lanes is the row's": Fault("softmax.h", "l += shuffle_xor(l, 2);", ""),
-    "the logsumexp is in bits": Fault("softmax.h", "shift * LN2", "shift"),
+    "the sum of two lanes is the row's": Fault("rows.h", "l += shuffle_xor(l, 2);", ""),
+    "the logsumexp is in bits": Fault("rows.h", "shift * LN2", "shift"),
     "an empty row is shifted by -∞": Fault(
-        "softmax.h", "m_new == LOWEST ? 0.0f : m_new * unit", "m_new * unit"
+        "rows.h", "m_new == LOWEST ? 0.0f : times(m_new, unit)", "times(m_new, unit)"
     ),
-    "every lane sees the sink": Fault("softmax.h", "at.lane % 4 ? 0.0f : 1.0f", "1.0f"),
-    "a row of poison is not made again": Fault("softmax.h", "if (again & 15)", "if (false)"),
+    "every lane sees the sink": Fault("rows.h", "at.lane % 4 ? 0.0f : 1.0f", "1.0f"),
+    "a row of poison is not made again": Fault("rows.h", "if (again & 15)", "if (false)"),
     # which cells
-    "the tail is not masked": Fault("softmax.h", "j < seen.from || j >= seen.to", "j < seen.from"),
+    "the tail is not masked": Fault("rows.h", "j < seen.from || j >= seen.to", "j < seen.from"),
     "a tile in part is taken for whole": Fault(
         "forward.cu", "j_first + COLS <= every.to", "j_first < every.to"
     ),

@@ -3,21 +3,12 @@
 // A block owns a tile of ROWS queries and walks over tiles of COLS keys, as numba_cuda/rows.py does;
 // what it says about lines 5, 7, 8, 12 and 13 holds here. Three things are new:
 //
-// 1. Products are made by mma.sync, a warp its 16 or 32 rows, and S, P, O, l and m stay in registers. A
-//    thread has, of every 8 columns, columns 2 (lane % 4) and the next, in rows lane / 4 and that + 8:
-//    four lanes share a row, and tell each other its maximum by shuffles.
+// 1. Products are made by mma.sync, a warp its 16 or 32 rows, and S, P, O, l and m stay in registers.
 // 2. While tile j is computed with, tile j + 1 is on its way into the other of two stages.
-// 3. Weights are powers of 2: e^(S - m) = 2^(S·unit - m·unit), one multiply-add and one ex2 a cell.
-//    S is q · k and the unit scale·log₂e where a product needs nothing but the scale (TERMS is 0);
-//    where it needs more, S is the logit and the unit log₂e.
+// 3. Weights are powers of 2 (rows.h, which has all that is done to a row).
 //
 // ROWS, COLS, FEATURES, WARPS, BLOCKS, Q_IN_REGISTERS, TERMS, BFLOAT16 and FLOAT32 are given to the compiler.
-#if FLOAT32
-#include "products32.h"
-#else
-#include "products16.h"
-#endif
-#include "softmax.h"
+#include "rows.h"
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 attention_forward(const __grid_constant__ Job job) {
@@ -76,9 +67,7 @@ attention_forward(const __grid_constant__ Job job) {
     }
     const bool whole = every.from <= j_first && j_first + COLS <= every.to;
     if (TERMS || !whole) to_logits(S, job, at, j_first);
-    float old[M_TILES][2];
-    to_weights(S, my, old, unit);  // lines 10 to 13
-    rescale(my, old);
+    to_weights(S, my, unit);  // lines 10 to 13
     if (TERMS && job.keep.data) drop(S, job, at, j_first);
     multiply_values(my.O, S, K_j + K_BYTES, at.lane);  // line 12
   }

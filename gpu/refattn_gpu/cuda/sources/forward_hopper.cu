@@ -1,6 +1,6 @@
 // Algorithm 1 (FA1-ALG1) by a Hopper's own instructions; line numbers are the listing's.
 //
-// What forward.cu says holds here, and softmax.h is the same. Different is who does what:
+// What forward.cu says holds here, and rows.h is the same. Different is who does what:
 //
 // 1. One thread of a warp group of its own copies: Q_i, and then K_j and V_j, turn by turn, into a ring of
 //    slots. A slot has two barriers: at "full" its bytes are counted, at "empty" the warps that have read them.
@@ -11,7 +11,7 @@
 // Rows beyond an item's last that the tensor has are copied too, where forward.cu puts zeros: their weights
 // are 0, and NaN among them costs the time of a row of poison.
 #include "products_hopper.h"
-#include "softmax.h"
+#include "rows.h"
 
 constexpr int SLOTS = 4;
 
@@ -23,12 +23,12 @@ struct Ring {
 DEVICE u32 slot_of(const Ring& ring, int x) { return ring.tiles + x % SLOTS * K_BYTES; }
 DEVICE u32 full_of(const Ring& ring, int x) { return ring.barriers + 8 + x % SLOTS * 16; }
 DEVICE u32 empty_of(const Ring& ring, int x) { return ring.barriers + 16 + x % SLOTS * 16; }
-DEVICE u32 query_of(const Ring& ring) { return ring.barriers; }
+DEVICE u32 arrival_of(const Ring& ring) { return ring.barriers; }
 DEVICE u32 turn_of(int x) { return x / SLOTS % 2; }  // the parity of a slot's phase
 
 DEVICE void begin_ring(const Ring& ring) {
   if (thread_index() == 0) {
-    mbarrier_init(query_of(ring), 1);
+    mbarrier_init(arrival_of(ring), 1);
     for (int x = 0; x < SLOTS; x++) {
       mbarrier_init(full_of(ring, x), 1);
       mbarrier_init(empty_of(ring, x), WARPS);
@@ -54,7 +54,7 @@ DEVICE void copy_rows(u32 tile, const TensorMap& map, const Rows& rows, int firs
 // Line 6, by one thread, as far ahead of the products as the ring allows.
 DEVICE void copy_all(
     const Job& job, const Maps& maps, const Place& at, const Ring& ring, u32 Q_i, int from, int tiles) {
-  copy_rows<ROWS>(Q_i, maps.query, job.query, at.i_first, at.h, at.b, query_of(ring));
+  copy_rows<ROWS>(Q_i, maps.query, job.query, at.i_first, at.h, at.b, arrival_of(ring));
 #pragma unroll 1
   for (int x = 0; x < 2 * tiles; x++) {
     const int j_first = from + x / 2 * COLS;
@@ -87,7 +87,7 @@ attention_forward_hopper(const __grid_constant__ Job job, const __grid_constant_
   Lines my;
   begin(my, job, at);  // line 2
   const u32 Q = Q_i + at.warp / 4 * GROUP * LINE;
-  if (tiles) mbarrier_wait(query_of(ring), 0);
+  if (tiles) mbarrier_wait(arrival_of(ring), 0);
 #pragma unroll 1
   for (int j = 0; j < tiles; j++) {  // line 5
     const int j_first = some.from + j * COLS, x = 2 * j;

@@ -1,7 +1,7 @@
 // What single instructions of a Hopper give, for one warp group: a device and the emulation must agree on
 // every word.
 //
-// Q is 64 rows, K and V at most 64; the words of a thread lie 128 apart in the output.
+// Q has 64 rows, K and V no more; the words of a thread lie 128 apart in the output.
 #include "products_hopper.h"
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -18,7 +18,7 @@ single_instructions(const __grid_constant__ Job job, const __grid_constant__ Map
     for (int p = 0; p < PANELS; p++) {
       copy_box(Q + p * ROWS * LINE, maps.query, p * PANEL, 0, 1, 1, full);
       copy_box(K + p * COLS * LINE, maps.key, p * PANEL, 0, 1, 1, full);
-      copy_box(V + p * COLS * LINE, maps.value, p * PANEL, -3, 0, 1, full);
+      copy_box(V + p * COLS * LINE, maps.value, p * PANEL, 16, 0, 1, full);
     }
   }
   if (thread >= 32 * WARPS) return;

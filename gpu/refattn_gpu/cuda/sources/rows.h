@@ -1,7 +1,27 @@
-// Lines 2 and 10 to 16 of Algorithm 1, for the rows of which a thread holds a part: what every forward
-// kernel on tensor cores does between its products.
+// What a warp does with its rows of O_i, l_i and m_i between two products, in every forward kernel: lines
+// 2, 10 to 13 and 15 of Algorithm 1 (FA1-ALG1).
+//
+// Weights are powers of 2: e^(S - m) = 2^(S·unit - m·unit), one multiply-add and one ex2 a cell. S is
+// q · k and the unit scale·log₂e where a product needs nothing but the scale (TERMS is 0); where it needs
+// more, S is the logit and the unit log₂e.
+//
+// A thread has, of every 8 columns, columns 2 (lane % 4) and the next, in rows lane / 4 and that + 8:
+// four lanes share a row, and tell each other its maximum by shuffles.
 #pragma once
-#include "tiles.h"
+#if FLOAT32
+#include "products32.h"
+#else
+#include "products16.h"
+#endif
+
+// A row of a tile: query i of head at.h.
+struct Query {
+  Place at;
+  int i;
+};
+
+// Row r of what the block's rows are counted in: here, the queries of one head.
+DEVICE Query query_of(const Job&, const Place& at, int r) { return {at, r}; }
 
 // A thread's rows of O_i, m_i and l_i.
 struct Lines {
@@ -18,7 +38,7 @@ DEVICE void begin(Lines& my, const Job& job, const Place& at) {
       my.m[t][half] = LOWEST;
       my.l[t][half] = 0.0f;
       if (TERMS && job.sinks) {  // a logit that one lane of a row saw before any key (OWN-SINK1)
-        my.m[t][half] = read(job.sinks + at.h);
+        my.m[t][half] = read(job.sinks + query_of(job, at, row_of(at, t, half)).at.h);
         my.l[t][half] = at.lane % 4 ? 0.0f : 1.0f;
       }
     }
@@ -37,7 +57,7 @@ DEVICE void to_logits(
   for (int t = 0; t < M_TILES; t++) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int i = row_of(at, t, half);
+      const auto [its, i] = query_of(job, at, row_of(at, t, half));
       const Span seen = keys_of_row(job, at.b, i);  // not held in registers from tile to tile
 #pragma unroll
       for (int n = 0; n < COLS / 8; n++) {
@@ -47,8 +67,8 @@ DEVICE void to_logits(
           if (j < seen.from || j >= seen.to) {
             S[t][n][e] = LOWEST;
           } else if (TERMS) {
-            const bool open = allowed(job, at, i, j);
-            S[t][n][e] = open ? logit(job, at, i, j, S[t][n][e]) : LOWEST;
+            const bool open = allowed(job, its, i, j);
+            S[t][n][e] = open ? logit(job, its, i, j, S[t][n][e]) : LOWEST;
           }
         }
       }
@@ -70,8 +90,10 @@ DEVICE void to_weights(
       }
       m_new = fmaxf(m_new, shuffle_xor(m_new, 1));
       m_new = fmaxf(m_new, shuffle_xor(m_new, 2));  // line 11
-      const float shift = m_new == LOWEST ? 0.0f : m_new * unit;  // -∞ - (-∞) is no number
-      old[t][half] = ex2(my.m[t][half] * unit - shift);
+      // Both maxima are rounded once: a multiply-add would turn rows whose maximum stays by its own
+      // rounding, in every tile anew (NUM-MODEL1). -∞ - (-∞) is no number.
+      const float shift = m_new == LOWEST ? 0.0f : times(m_new, unit);
+      old[t][half] = ex2(times(my.m[t][half], unit) - shift);
       my.m[t][half] = m_new;  // line 13
       float l = old[t][half] * my.l[t][half];
 #pragma unroll
@@ -87,7 +109,7 @@ DEVICE void to_weights(
   }
 }
 
-// Of line 12: O_i by the weights' new largest logit.
+// Of line 12: O_i as the row's new maximum has it.
 DEVICE void rescale(Lines& my, const float (&old)[M_TILES][2]) {
 #pragma unroll
   for (int t = 0; t < M_TILES; t++) {
@@ -99,6 +121,13 @@ DEVICE void rescale(Lines& my, const float (&old)[M_TILES][2]) {
   }
 }
 
+// Both, where no product is under way that adds to O_i.
+DEVICE void to_weights(float (&S)[M_TILES][COLS / 8][4], Lines& my, float unit) {
+  float old[M_TILES][2];
+  to_weights(S, my, old, unit);
+  rescale(my, old);
+}
+
 DEVICE void drop(float (&P)[M_TILES][COLS / 8][4], const Job& job, const Place& at, int j_first) {
 #pragma unroll
   for (int t = 0; t < M_TILES; t++) {
@@ -106,8 +135,9 @@ DEVICE void drop(float (&P)[M_TILES][COLS / 8][4], const Job& job, const Place& 
     for (int n = 0; n < COLS / 8; n++) {
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        const int i = row_of(at, t, e / 2), j = j_first + 8 * n + at.lane % 4 * 2 + e % 2;
-        if (i < job.n_q && j < job.n_k) P[t][n][e] = dropped(job, at, i, j, P[t][n][e]);
+        const auto [its, i] = query_of(job, at, row_of(at, t, e / 2));
+        const int j = j_first + 8 * n + at.lane % 4 * 2 + e % 2;
+        if (i < job.n_q && j < job.n_k) P[t][n][e] = dropped(job, its, i, j, P[t][n][e]);
       }
     }
   }
@@ -117,11 +147,11 @@ DEVICE void drop(float (&P)[M_TILES][COLS / 8][4], const Job& job, const Place& 
 // lanes. Tensor cores multiply the weight 0 of a forbidden cell with the value too, and 0 · NaN is NaN
 // (OWN-POISON1): a row that is not finite is made again, so that a row of poison costs time and
 // no other row anything.
-DEVICE void row_again(
-    const Job& job, const Place& at, int i, float shift, float inverse, float unit) {
-  const Number* q = job.query.data + at.b * job.query.batch + at.h * job.query.head + i * job.query.row;
-  const Number* K = job.key.data + at.b * job.key.batch + at.g * job.key.head;
-  const Number* V = job.value.data + at.b * job.value.batch + at.g * job.value.head;
+DEVICE void row_again(const Job& job, const Query& query, float shift, float inverse, float unit) {
+  const auto& [at, i] = query;
+  const Number* q = row_at(job.query, at.b, at.h, i);
+  const Number* K = row_at(job.key, at.b, at.g, 0);
+  const Number* V = row_at(job.value, at.b, at.g, 0);
   const Span seen = keys_of_row(job, at.b, i);
   float O[FEATURES / 32];
 #pragma unroll
@@ -148,16 +178,17 @@ DEVICE void row_again(
 // Lines 14 to 16: O_i divided by l_i, and the logsumexp. Every lane of a row has the same m, and its
 // own columns' part of l.
 DEVICE void finish(Lines& my, const Job& job, const Place& at, float unit) {
-  const i64 head = ((i64)at.b * job.heads + at.h) * job.n_q;
 #pragma unroll
   for (int t = 0; t < M_TILES; t++) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int i = row_of(at, t, half);
+      const int r = row_of(at, t, half);
+      const auto [its, i] = query_of(job, at, r);
+      const i64 row = ((i64)its.b * job.heads + its.h) * job.n_q + i;
       float l = my.l[t][half];
       l += shuffle_xor(l, 1);
       l += shuffle_xor(l, 2);
-      const float shift = my.m[t][half] == LOWEST ? 0.0f : my.m[t][half] * unit;
+      const float shift = my.m[t][half] == LOWEST ? 0.0f : times(my.m[t][half], unit);
       const float inverse = l == 0.0f ? 0.0f : 1.0f / l;  // OWN-EMPTY1
       float odd = 0.0f;  // NaN if a number of O_i is not finite
 #pragma unroll
@@ -167,7 +198,7 @@ DEVICE void finish(Lines& my, const Job& job, const Place& at, float unit) {
       }
       u32 again = ballot(i < job.n_q && odd != 0.0f);  // four lanes a row
       const bool sound = (again >> at.lane / 4 * 4 & 15) == 0;
-      Number* to = job.output + (head + i) * job.d_v;
+      Number* to = job.output + row * job.d_v;
 #pragma unroll
       for (int n = 0; n < FEATURES / 8; n++) {  // line 15
         const int feature = 8 * n + at.lane % 4 * 2;
@@ -176,13 +207,13 @@ DEVICE void finish(Lines& my, const Job& job, const Place& at, float unit) {
         }
       }
       if (i < job.n_q && at.lane % 4 == 0) {  // OWN-LSE1
-        job.logsumexp[head + i] = l == 0.0f ? LOWEST : shift * LN2 + logf(l);
+        job.logsumexp[row] = l == 0.0f ? LOWEST : shift * LN2 + logf(l);
       }
 #pragma unroll 1
-      for (int row = 0; again; row++, again >>= 4) {
-        const float its_shift = shuffle(shift, 4 * row), its_inverse = shuffle(inverse, 4 * row);
-        const int its_i = i - at.lane / 4 + row;
-        if (again & 15) row_again(job, at, its_i, its_shift, its_inverse, unit);
+      for (int k = 0; again; k++, again >>= 4) {
+        const float its_shift = shuffle(shift, 4 * k), its_inverse = shuffle(inverse, 4 * k);
+        const Query query = query_of(job, at, r - at.lane / 4 + k);
+        if (again & 15) row_again(job, query, its_shift, its_inverse, unit);
       }
     }
   }
