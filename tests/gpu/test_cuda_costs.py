@@ -76,6 +76,26 @@ def test_the_machine_code_multiplies_on_tensor_cores_and_leaves_registers_alone(
         assert found["LDL"] == found["STL"] == 0
 
 
+OVERLAPPING = [variant for variant in variants() if variant.overlaps]
+
+WAITS = re.compile(r"DEPBAR\.LE gsb0, (0x[01])")
+"""For all groups of products but the newest, or for all."""
+
+
+@NVRTC
+@pytest.mark.parametrize("variant", OVERLAPPING, ids=lambda variant: variant.name)
+def test_the_machine_code_makes_weights_while_values_are_multiplied(
+    variant: Variant, nvdisasm: None
+) -> None:
+    listing = costs.disassembly(build.build(variant, *variant.targets).code)
+    _, *parts = WAITS.split(listing)
+    powers = [
+        (kind, part.count("MUFU.EX2")) for kind, part in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    between = [count for kind, count in powers if kind == "0x1"]  # and the wait for the values
+    assert [count >= variant.tile.cols // 2 for count in between] == [True]
+
+
 def test_every_budget_is_of_a_variant_that_there_is() -> None:
     budgets = ptx.read_budgets(costs.BUDGETS)
     assert set(budgets) - {"ptxas"} == {variant.name for variant in variants()}

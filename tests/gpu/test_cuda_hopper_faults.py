@@ -24,6 +24,7 @@ TRIES = (
     ("attention-family-rising", SMALL_HOPPER),  # 37 keys, whose logits rise: three tiles
     ("attention-causal-bottom-right-7x13", SMALL_HOPPER),
     ("attention-grouped-6-2-interleave", SMALL_HOPPER),
+    ("attention-mask-several-tiles", SMALL_HOPPER),  # without overlap
     ("attention-edge-causal-127", WIDE),
     ("attention-head-size-128", WIDE),  # two panels
 )
@@ -40,16 +41,22 @@ FAULTS = {
         KERNEL, "barrier, COUNT * PANELS * LINE", "barrier, COUNT * PANELS * LINE + 16", "for ever"
     ),
     "K is not waited for": Fault(
-        KERNEL, "    mbarrier_wait(full_of(ring, x), turn_of(x));\n", "", "not waited for"
+        KERNEL, "    mbarrier_wait(full_of(ring, 2 * j), turn_of(2 * j));\n", "", "not waited for"
     ),
     "V is not waited for": Fault(
-        KERNEL, "    mbarrier_wait(full_of(ring, x + 1), turn_of(x + 1));\n", "", "not waited for"
+        KERNEL,
+        "    mbarrier_wait(full_of(ring, 2 * j + 1), turn_of(2 * j + 1));\n",
+        "",
+        "not waited for",
     ),
     "Q is not waited for": Fault(
         KERNEL, "  if (tiles) mbarrier_wait(arrival_of(ring), 0);\n", "", "not waited for"
     ),
     "V is waited for at the slot of K": Fault(
-        KERNEL, "full_of(ring, x + 1), turn_of(x + 1)", "full_of(ring, x), turn_of(x)", "waited for"
+        KERNEL,
+        "full_of(ring, 2 * j + 1), turn_of(2 * j + 1)",
+        "full_of(ring, 2 * j), turn_of(2 * j)",
+        "not waited for",
     ),
     "a slot is filled before it is empty": Fault(
         KERNEL,
@@ -58,36 +65,35 @@ FAULTS = {
         "an arrival beyond",
     ),
     "a slot of K is never given back": Fault(
-        KERNEL, "    if (at.lane == 0) mbarrier_arrive(empty_of(ring, x));\n", "", "wait for ever"
+        KERNEL, "    give_back(2 * j);\n", "", "wait for ever"
+    ),
+    "a slot of V is never given back": Fault(
+        KERNEL, "    give_back(2 * j + 1);\n", "", "wait for ever"
     ),
     "a slot is given back by one warp of four": Fault(
-        KERNEL,
-        "if (at.lane == 0) mbarrier_arrive(empty_of(ring, x));",
-        "if (at.warp == 0 && at.lane == 0) mbarrier_arrive(empty_of(ring, x));",
-        "wait for ever",
+        KERNEL, "if (at.lane == 0) m", "if (at.warp == 0 && at.lane == 0) m", "wait for ever"
     ),
     "one warp of four speaks for all": Fault(
         KERNEL,
-        "if (at.lane == 0) mbarrier_arrive(empty_of(ring, x));",
-        "if (at.warp == 0 && at.lane < WARPS) mbarrier_arrive(empty_of(ring, x));",
+        "if (at.lane == 0) m",
+        "if (at.warp == 0 && at.lane < WARPS) m",
         "another warp reads|product reads",
     ),
-    "a slot is given back before its product is made": Fault(
+    "every lane gives a slot back": Fault(KERNEL, "if (at.lane == 0) m", "m", "wait for ever"),
+    "K is given back before its product is made": Fault(
         KERNEL,
-        "    wgmma_wait<0>();\n    pin<COLS / 2>(&S[0][0][0]);\n"
-        "    if (at.lane == 0) mbarrier_arrive(empty_of(ring, x));\n",
-        "    if (at.lane == 0) mbarrier_arrive(empty_of(ring, x));\n"
-        "    wgmma_wait<0>();\n    pin<COLS / 2>(&S[0][0][0]);\n",
+        "    wgmma_wait<0>();\n    end_S(0);\n",
+        "    give_back(0);\n    wgmma_wait<0>();\n    pin<COLS / 2>(&S[0][0][0]);\n",
         "product reads|another warp reads",
     ),
-    "every lane gives a slot back": Fault(
+    "V is given back before its product is made": Fault(
         KERNEL,
-        "if (at.lane == 0) mbarrier_arrive(empty_of(ring, x));",
-        "mbarrier_arrive(empty_of(ring, x));",
-        "wait for ever",
+        "      weigh(j);  // while O_i is added to\n      wgmma_wait<0>();\n      end_O(j - 1);",
+        "      give_back(2 * j - 1);\n      weigh(j);\n      wgmma_wait<0>();",
+        "product reads|another warp reads",
     ),
     "the parity of a turn is wrong": Fault(
-        KERNEL, "return x / SLOTS % 2;", "return x % SLOTS % 2;", "nobody wrote"
+        KERNEL, "return x / SLOTS % 2;", "return x % SLOTS % 2;", "wait for ever"
     ),
     "the first turn waits for the turn before": Fault(
         KERNEL, "turn_of(x) ^ 1);", "turn_of(x));", "wait for ever"
@@ -163,19 +169,41 @@ FAULTS = {
         PRODUCTS,
         "a, b, k > 0);\n  }\n  wgmma_commit();",
         "a, b, k > 0);\n  }",
-        "product that is under way|under way adds to|not waited for",
+        "under way adds to|not waited for",
     ),
-    "S is not waited for": Fault(
-        KERNEL,
-        "    wgmma_wait<0>();\n    pin<COLS / 2>(&S[0][0][0]);",
-        "    pin<COLS / 2>(&S[0][0][0]);",
-        "under way adds to",
+    "S is not waited for": Fault(KERNEL, "      wgmma_wait<1>();\n", "", "under way adds to"),
+    "S is waited for as if nothing came after it": Fault(
+        KERNEL, "      wgmma_wait<1>();\n", "      wgmma_wait<2>();\n", "under way adds to"
     ),
     "O is not waited for": Fault(
+        KERNEL, "to\n      wgmma_wait<0>();\n", "to\n", "under way adds to"
+    ),
+    "the last product is not waited for": Fault(
         KERNEL,
-        "    wgmma_wait<0>();\n    pin<FEATURES / 2>(&my.O[0][0][0]);\n    if",
-        "    if",
-        "under way",
+        "    begin_O(tiles - 1);\n    wgmma_wait<0>();\n    end_O(tiles - 1);\n",
+        "    begin_O(tiles - 1);\n",
+        "that were not waited for",
+    ),
+    "O is turned while it is added to": Fault(
+        KERNEL,
+        "      weigh(j);  // while O_i is added to\n",
+        "      weigh(j);\n      rescale(my, old);\n",
+        "under way adds to",
+    ),
+    "weights are rounded while they are multiplied": Fault(
+        KERNEL,
+        "      weigh(j);  // while O_i is added to\n",
+        "      weigh(j);\n      round_weights(P, S);\n",
+        "under way reads",
+    ),
+    "O of the tile itself, without overlap, is not waited for": Fault(
+        KERNEL,
+        "      begin_O(j);\n      wgmma_wait<0>();\n",
+        "      begin_O(j);\n",
+        "under way adds to",
+    ),
+    "values of the next tile meet the weights": Fault(
+        KERNEL, "      begin_O(j - 1);\n", "      begin_O(j);\n", "on its way|not waited for"
     ),
     "no fence before S": Fault(
         KERNEL, "    wgmma_fence();\n    begin_keys", "    begin_keys", "without a fence"

@@ -94,6 +94,15 @@ class Variant(NamedTuple):
         return 4 if self.kernel in HOPPER else 0
 
     @property
+    def overlaps(self) -> bool:
+        """Whether a Hopper makes weights of a tile while the values of the last one are multiplied.
+
+        The text stands twice then: with terms it would be 30,000 instructions, and where a head
+        has 256 features 172 bytes spilled.
+        """
+        return self.kernel == "hopper" and not self.terms and self.features <= 128
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """What it is compiled for."""
         return ("sm_90a",) if self.kernel in HOPPER else TARGETS
@@ -123,6 +132,7 @@ class Variant(NamedTuple):
             "OWN_TILES": self.own_tiles,
             "COPYING": self.copying,
             "MAPS": int(self.kernel in HOPPER),
+            "OVERLAP": int(self.overlaps),
             "GIVES_KEY": int(self.kernel != "backward_only_value"),
             "GIVES_VALUE": int(self.kernel != "backward_only_key"),
             "TERMS": int(self.terms),

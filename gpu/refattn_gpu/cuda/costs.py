@@ -90,10 +90,10 @@ PRODUCTS = {
 
 
 def products(variant: Variant) -> int:
-    """Return how many mma a warp, or wgmma a warp group, makes in a turn."""
+    """Return how many mma, or wgmma, the text has: of one turn of its loop, or of two."""
     rows, cols, warps, *_ = variant.tile
     if variant.kernel in HOPPER:
-        return variant.features // 16 + cols // 16
+        return (1 + variant.overlaps) * (variant.features // 16 + cols // 16)
     steps = variant.features // 16 if variant.dtype != "float32" else 3 * (variant.features // 8)
     return len(PRODUCTS[variant.kernel]) * (rows // warps // 16) * (cols // 8) * steps
 

@@ -7,6 +7,7 @@
 // 2. A warp group multiplies its 64 rows of Q_i with a whole tile, where both lie in shared memory; P comes
 //    from registers, as ever. A thread has of a result what it would have of mma.sync's.
 // 3. Who only copies gives registers to those who multiply.
+// 4. With OVERLAP, S of the next tile is begun before O += P V, and becomes weights while that is under way.
 //
 // Rows beyond an item's last that the tensor has are copied too, where forward.cu puts zeros: their weights
 // are 0, and NaN among them costs the time of a row of poison.
@@ -73,7 +74,8 @@ attention_forward_hopper(const __grid_constant__ Job job, const __grid_constant_
   const float unit = TERMS ? LOG2E : job.scale * LOG2E;
   const u32 Q_i = shared_memory();
   const Ring ring = {Q_i + Q_BYTES, Q_i + TILE_BYTES};
-  const auto [some, every] = keys_of_tile(job, at);
+  const Spans keys = keys_of_tile(job, at);
+  const Span some = keys.some, every = keys.every;
   const int tiles = some.from < some.to ? (some.to - some.from + COLS - 1) / COLS : 0;
 
   begin_ring(ring);
@@ -87,32 +89,79 @@ attention_forward_hopper(const __grid_constant__ Job job, const __grid_constant_
   Lines my;
   begin(my, job, at);  // line 2
   const u32 Q = Q_i + at.warp / 4 * GROUP * LINE;
-  if (tiles) mbarrier_wait(arrival_of(ring), 0);
-#pragma unroll 1
-  for (int j = 0; j < tiles; j++) {  // line 5
-    const int j_first = some.from + j * COLS, x = 2 * j;
-    float S[1][COLS / 8][4], old[1][2];
-    u32 P[COLS / 16][4];
-    mbarrier_wait(full_of(ring, x), turn_of(x));
-    wgmma_fence();
-    begin_keys(S, Q, slot_of(ring, x));  // line 9
-    wgmma_wait<0>();
-    pin<COLS / 2>(&S[0][0][0]);
+  float S[1][COLS / 8][4], old[1][2];
+  u32 P[COLS / 16][4];
+  const auto give_back = [&](int x) {  // this warp has read the slot
     if (at.lane == 0) mbarrier_arrive(empty_of(ring, x));
+  };
+  const auto begin_S = [&](int j) {
+    mbarrier_wait(full_of(ring, 2 * j), turn_of(2 * j));
+    wgmma_fence();
+    begin_keys(S, Q, slot_of(ring, 2 * j));  // line 9
+  };
+  const auto end_S = [&](int j) {
+    pin<COLS / 2>(&S[0][0][0]);
+    give_back(2 * j);
+  };
+  const auto weigh = [&](int j) {
+    const int j_first = some.from + j * COLS;
     const bool whole = every.from <= j_first && j_first + COLS <= every.to;
     if (TERMS || !whole) to_logits(S, job, at, j_first);
     to_weights(S, my, old, unit);  // lines 10 to 13
     if (TERMS && job.keep.data) drop(S, job, at, j_first);
+    // V_j, which the weights meet. The assembler puts a wait for products ahead of all that needs none of
+    // them, here the weights, but moves nothing across this loop: without it nothing would overlap.
+    pin<COLS / 2>(&S[0][0][0]);
+    mbarrier_wait(full_of(ring, 2 * j + 1), turn_of(2 * j + 1));
+  };
+  const auto begin_O = [&](int j) {
+    wgmma_fence();
+    begin_values(my.O, P, slot_of(ring, 2 * j + 1));  // line 12
+  };
+  const auto end_O = [&](int j) {
+    pin<FEATURES / 2>(&my.O[0][0][0]);
+    give_back(2 * j + 1);
+  };
+  const auto turn_O = [&] {  // between the weights of a tile and their product
     rescale(my, old);
     round_weights(P, S);
-    mbarrier_wait(full_of(ring, x + 1), turn_of(x + 1));
     pin<FEATURES / 2>(&my.O[0][0][0]);
     pin<COLS / 4>(&P[0][0]);
-    wgmma_fence();
-    begin_values(my.O, P, slot_of(ring, x + 1));  // line 12
+  };
+
+  if (tiles) mbarrier_wait(arrival_of(ring), 0);
+  if (!OVERLAP) {
+#pragma unroll 1
+    for (int j = 0; j < tiles; j++) {  // line 5
+      begin_S(j);
+      wgmma_wait<0>();
+      end_S(j);
+      weigh(j);
+      turn_O();
+      begin_O(j);
+      wgmma_wait<0>();
+      end_O(j);
+    }
+  } else if (tiles) {
+    begin_S(0);
     wgmma_wait<0>();
-    pin<FEATURES / 2>(&my.O[0][0][0]);
-    if (at.lane == 0) mbarrier_arrive(empty_of(ring, x + 1));
+    end_S(0);
+    weigh(0);
+    turn_O();
+#pragma unroll 1
+    for (int j = 1; j < tiles; j++) {  // line 5
+      begin_S(j);
+      begin_O(j - 1);
+      wgmma_wait<1>();
+      end_S(j);
+      weigh(j);  // while O_i is added to
+      wgmma_wait<0>();
+      end_O(j - 1);
+      turn_O();
+    }
+    begin_O(tiles - 1);
+    wgmma_wait<0>();
+    end_O(tiles - 1);
   }
   finish(my, job, at, unit);  // lines 14 to 16
 }
