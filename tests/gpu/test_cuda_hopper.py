@@ -20,6 +20,8 @@ from refattn_gpu.cuda import catalogue, emulate, machine, tensor_maps
 from refattn_gpu.cuda.attention import emulated, kernel_for, result_of
 from refattn_gpu.cuda.catalogue import HOPPERS, SMALL_HOPPER, Tile, variant_of, variants
 from refattn_gpu.cuda.problem import Problem, address, problem_of
+from refattn_gpu.stages import determinism, timing
+from refattn_gpu.stages.ground import ground
 
 LEAST = 520
 """Vectors that run, one in each of two formats counted twice."""
@@ -215,6 +217,25 @@ def test_only_a_hopper_is_given_its_kernel(monkeypatch: pytest.MonkeyPatch) -> N
         assert kernel_for(small) == kernel_for(single) == "forward"
     with pytest.raises(Unsupported, match=r"has compute capability \(10, 0\), but kernel hopper"):
         cuda.attention(*problem(), kernel="hopper")
+
+
+def test_a_hopper_measures_both_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = [array.astype(np.float32) for array in problem(d=33, d_v=33)]
+    for is_hopper in (False, True):
+        monkeypatch.setattr(machine, "is_hopper", lambda found=is_hopper: found)
+        timed = [f"{s.name} {s.dtype}" for s in timing.subjects_of(ground(True), arrays, True)]
+        compared = [name for name, *_ in determinism._subjects()]
+        for dtype in ("float16", "bfloat16"):
+            assert (f"refattn cuda-cpp mma.sync {dtype}" in timed) == is_hopper
+            assert (f"forward cuda-cpp mma.sync {dtype}" in compared) == is_hopper
+        assert "refattn cuda-cpp mma.sync float32" not in timed
+
+
+def test_only_what_runs_on_a_device_is_compiled_for_it() -> None:
+    for target, kernels in (("sm_80", 0), ("sm_89", 0), ("sm_90a", len(HOPPERS) * 4)):
+        there = [variant.kernel for variant in variants() if variant.runs_on(target)]
+        assert there.count("hopper") == kernels
+        assert there.count("forward") > 0
 
 
 def test_the_driver_is_told_every_number_of_a_map(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,10 @@ class Variant(NamedTuple):
         """Q_i; or Q_i and dO_i, or K_j and V_j."""
         return 2 if self.kernel in BACKWARD else 1
 
+    def runs_on(self, target: str) -> bool:
+        """Return whether it compiles for a device."""
+        return self.kernel not in HOPPER or target in self.targets
+
     def defines(self) -> dict[str, int]:
         """Return what the compiler is told."""
         rows, cols, warps, blocks, q_in_registers = self.tile
