@@ -13,7 +13,7 @@ from optional import require_device
 from refattn.errors import RefattnError
 from refattn_gpu import ptx
 from refattn_gpu.cuda import build, catalogue, costs, store
-from refattn_gpu.cuda.catalogue import TARGETS, Variant, variants
+from refattn_gpu.cuda.catalogue import HOPPER, Variant, variants
 
 LARGEST_SHARED = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024}
 """Bytes that a block may ask for."""
@@ -41,7 +41,7 @@ def nvdisasm() -> None:
 @NVRTC
 @EVERY
 def test_no_variant_costs_more_than_its_budget(variant: Variant) -> None:
-    row = {target: build.build(variant, target).usage for target in TARGETS}
+    row = {target: build.build(variant, target).usage for target in variant.targets}
     budgets = ptx.read_budgets(costs.BUDGETS)
     assert ptx.grown({variant.name: row}, budgets, build.release()) == []
     for target, usage in row.items():
@@ -52,7 +52,7 @@ def test_no_variant_costs_more_than_its_budget(variant: Variant) -> None:
 @NVRTC
 @EVERY
 def test_the_assembler_makes_no_asynchronous_product_wait(variant: Variant) -> None:
-    for target in TARGETS:
+    for target in variant.targets:
         assert not build.SERIAL.search(build.build(variant, target).report)
 
 
@@ -67,18 +67,43 @@ def test_a_warning_that_products_wait_is_recognised() -> None:
 def test_the_machine_code_multiplies_on_tensor_cores_and_leaves_registers_alone(
     variant: Variant, nvdisasm: None
 ) -> None:
-    for target in TARGETS:
+    for target in variant.targets:
         found = costs.operations(build.build(variant, target).code)
-        assert found["HMMA"] == costs.products(variant)  # one loop over keys, wholly unrolled
-        assert (found["LDSM"] > 0) == (found["HMMA"] > 0)  # ldmatrix
-        assert (found["LDGSTS"] > 0) == (variant.kernel != "merge")  # cp.async
+        if variant.kernel in HOPPER:
+            products, others = "HGMMA", ("UTMALDG", "SYNCS")
+        else:
+            products = "HMMA"
+            others = {"ffma": ("LDGSTS",), "merge": ()}.get(variant.kernel, ("LDSM", "LDGSTS"))
+        assert found[products] == costs.products(variant)  # one unrolled loop
+        assert all(found[name] for name in others)  # how tiles come
         assert found["LDL"] == found["STL"] == 0
+
+
+OVERLAPPING = [variant for variant in variants() if variant.overlaps]
+
+WAITS = re.compile(r"DEPBAR\.LE gsb0, (0x[01])")
+"""For all groups of products but the newest, or for all."""
+
+
+@NVRTC
+@pytest.mark.parametrize("variant", OVERLAPPING, ids=lambda variant: variant.name)
+def test_the_machine_code_makes_weights_while_values_are_multiplied(
+    variant: Variant, nvdisasm: None
+) -> None:
+    listing = costs.disassembly(build.build(variant, *variant.targets).code)
+    _, *parts = WAITS.split(listing)
+    powers = [
+        (kind, part.count("MUFU.EX2")) for kind, part in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    between = [count for kind, count in powers if kind == "0x1"]  # and the wait for the values
+    assert [count >= variant.tile.cols // 2 for count in between] == [True]
 
 
 def test_every_budget_is_of_a_variant_that_there_is() -> None:
     budgets = ptx.read_budgets(costs.BUDGETS)
     assert set(budgets) - {"ptxas"} == {variant.name for variant in variants()}
-    assert all(set(row) == set(TARGETS) for name, row in budgets.items() if name != "ptxas")
+    for variant in variants():
+        assert set(budgets[variant.name]) == set(variant.targets)
 
 
 def test_without_a_compiler_the_package_is_named(
@@ -119,7 +144,7 @@ def test_float32_is_multiplied_by_chunks_and_never_flushed(
 ) -> None:
     variant = catalogue.variant_of("float32", d, terms, "ffma")
     lines, keys = variant.tile.rows // variant.tile.warps // 4, variant.tile.cols // 8  # a thread's
-    for target in TARGETS:
+    for target in variant.targets:
         listing = costs.disassembly(build.build(variant, target).code)
         assert not re.search(r"\b(FFMA|FMUL|FMNMX|MUFU)\S*\.FTZ", listing)
         chunk_of_s, eighth_of_o = 4 * lines * keys, lines * keys * d // 8

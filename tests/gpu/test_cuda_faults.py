@@ -49,13 +49,13 @@ FAULTS = {
         "products16.h", "moved(values, 16 * k, n)", "moved(values, 8 * k, n)"
     ),
     "two registers of the weights change places": Fault(
-        "products16.h", "a[t][1] = pack(P[t][2 * k][2]", "a[t][1] = pack(P[t][2 * k + 1][2]"
+        "products16.h", "a[1] = pack(P[2 * k][2]", "a[1] = pack(P[2 * k + 1][2]"
     ),
     "V is not read transposed": Fault("products16.h", "ldmatrix_x4_trans(b", "ldmatrix_x4(b"),
     "the weights of two keys change places": Fault(
         "products16.h",
-        "pack(P[t][2 * k][0], P[t][2 * k][1])",
-        "pack(P[t][2 * k][1], P[t][2 * k][0])",
+        "pack(P[2 * k][0], P[2 * k][1])",
+        "pack(P[2 * k][1], P[2 * k][0])",
     ),
     "a large part meets a large part only": Fault(
         "products32.h", "  mma_m16n8k8(c, a.small, b.large[first], b.large[first + 1]);\n", ""
@@ -148,8 +148,8 @@ FAULTS = {
         "different operations|wait for ever",
     ),
     # the softmax
-    "O is not rescaled": Fault("rows.h", "my.O[t][n][2 * half] *= old;", ""),
-    "l is not rescaled": Fault("rows.h", "l = old * my.l[t][half]", "l = my.l[t][half]"),
+    "O is not rescaled": Fault("rows.h", "my.O[t][n][e] *= old[t][e / 2];", ";"),
+    "l is not rescaled": Fault("rows.h", "l = old[t][half] * my.l[t][half]", "l = my.l[t][half]"),
     "the maximum of two lanes is the row's": Fault(
         "rows.h", "m_new = fmaxf(m_new, shuffle_xor(m_new, 2));", ""
     ),

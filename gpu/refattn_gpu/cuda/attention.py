@@ -8,11 +8,14 @@ from typing import Any, Unpack
 
 from refattn.arrays import Array, array_namespace
 from refattn.attention import AttentionResult
+from refattn.backends import Unsupported
 from refattn.checks import check_option
 from refattn.options import AttentionOptions
 from refattn_gpu.cuda import emulate, machine
 from refattn_gpu.cuda.catalogue import (
+    FEATURES,
     FORWARD,
+    HOPPER,
     Tile,
     Variant,
     forward_variants,
@@ -20,6 +23,7 @@ from refattn_gpu.cuda.catalogue import (
     variant_of,
 )
 from refattn_gpu.cuda.problem import Problem, address, problem_of
+from refattn_gpu.cuda.tensor_maps import mapped, maps_of
 
 
 def attention(
@@ -48,8 +52,8 @@ def attention(
         value: V, (..., h_k, n_k, d_v). Rows that do not begin at multiples of 16 bytes are copied.
         kernel: one of `FORWARD`: "forward" on tensor cores, at most 256 features, 128 of float32;
             "ffma" by multiply-adds of float32, at most 256; "split" on tensor cores for few
-            queries, keys shared out in splits of a fixed size. None = "split" where a group's
-            queries are at most 16, else the first that takes the heads.
+            queries, keys shared out in splits of a fixed size; "hopper" by the instructions of
+            compute capability 9.0, in 16 bits. None = the one that is meant (`kernel_for`).
         **options: see `refattn.options.AttentionOptions`.
 
     Returns:
@@ -64,10 +68,20 @@ def attention(
     machine.require()
     if kernel is not None:
         check_option("cuda.attention", "kernel", kernel, FORWARD)
+        _check_device(kernel)
     kernels = FORWARD if kernel is None else (kernel,)
     problem = problem_of("cuda.attention", query, key, value, options, kernels)
     run_forward(problem, kernel)
     return result_of(problem, query, value)
+
+
+def _check_device(kernel: str) -> None:
+    """Refuse a kernel that the device cannot run."""
+    if kernel in HOPPER and not machine.absent_device() and not machine.is_hopper():
+        raise Unsupported(
+            f"the device has compute capability {machine.capability()}, but kernel {kernel} needs "
+            f"{machine.HOPPER_CAPABILITY} [cuda.attention]"
+        )
 
 
 def run_forward(problem: Problem, kernel: str | None = None) -> None:
@@ -77,6 +91,7 @@ def run_forward(problem: Problem, kernel: str | None = None) -> None:
     if not machine.on_device(problem.output) and machine.absent_device():
         emulated(problem, variant_of(*about, kernel).tile, kernel=kernel)
         return
+    problem = mapped(problem) if kernel in HOPPER else problem
     parts: list[Array] = []
     for variant in forward_variants(*about, kernel):
         parts = parts or parts_of(variant, problem)
@@ -103,14 +118,17 @@ def parts_of(variant: Variant, problem: Problem) -> list[Array]:
 def kernel_for(problem: Problem) -> str:
     """Return the kernel that is meant for a problem; it depends neither on the batch nor on n_k.
 
-    It is "split" where the queries that read the same keys fit one of its tiles; else the first of
-    `FORWARD` with a variant: tensor cores, but for heads of float32 whose parts do not fit
-    registers.
+    It is "split" where the queries that read the same keys fit one of its tiles; else a Hopper's
+    own for its heads of more than 32 features, of which one of 32 would be half of zeros; else the
+    first of `FORWARD` with a variant: tensor cores, but for heads of float32 whose parts do
+    not fit registers.
     """
     about = problem.dtype, problem.features, problem.terms
     rows = problem.job.n_q * problem.job.heads // max(1, problem.job.key_heads)
     if has_variant(*about, "split") and rows <= variant_of(*about, "split").tile.rows:
         return "split"
+    if has_variant(*about, "hopper") and problem.features > FEATURES[0] and machine.is_hopper():
+        return "hopper"
     return next(kernel for kernel in FORWARD if has_variant(*about, kernel))
 
 
@@ -134,15 +152,19 @@ def emulated(
     Raises:
         EmulationError: the emulation found one.
     """
-    parts: list[Array] = []
+    maps, parts = None, list[Array]()
+    if kernel in HOPPER:
+        problem = mapped(problem)
     for variant in forward_variants(problem.dtype, problem.features, problem.terms, kernel):
         variant = variant._replace(tile=tile)
         code, blocks = emulate.compiled(variant, texts), blocks_of(variant, problem)
+        if kernel in HOPPER:
+            maps = maps_of(variant, problem.job)
         parts = parts or parts_of(variant, problem)
         for part in parts if variant.kernel == "split" else ():
             part.fill(math.nan)  # what nobody writes is no number
         reads = [*problem.arrays, *(parts if variant.kernel == "merge" else [])]
-        emulate.launch(code, problem.job, blocks, reads, backwards=backwards)
+        emulate.launch(code, problem.job, blocks, reads, maps=maps, backwards=backwards)
 
 
 def blocks_of(variant: Variant, problem: Problem) -> int:

@@ -31,8 +31,10 @@ HEADERS = (
     "products32.h",
     "rows.h",
     "gradients.h",
+    "products_hopper.h",
     "device/primitives.h",
     "device/chunks.h",
+    "device/hopper.h",
 )
 """What a kernel includes; a header is included by its bare name."""
 

@@ -26,16 +26,22 @@ ENTRIES = {
     "backward_only_key": "attention_backward_key",
     "backward_only_value": "attention_backward_key",
     "instructions": "single_instructions",
+    "hopper": "attention_forward_hopper",
+    "instructions_hopper": "single_instructions",
 }
 """The function that each kernel is."""
 
-FORWARD = ("forward", "ffma", "split")
+FORWARD = ("forward", "ffma", "split", "hopper")
 """The kernels of forward passes: each computes any attention that it has a variant for. Behind
 "split" runs "merge"."""
 
 BACKWARD = ("backward_query", "backward_key", "backward_only_key", "backward_only_value")
 """The kernels of backward passes: of dQ, of dK and dV, and of one of these where both do not fit a
 thread's registers."""
+
+
+HOPPER = ("hopper", "instructions_hopper")
+"""The kernels that only a Hopper runs: they take maps of tensors, and have warps that only copy."""
 
 
 class Tile(NamedTuple):
@@ -46,7 +52,7 @@ class Tile(NamedTuple):
     cols: int
     """B_c: keys, or queries, of a tile; two tiles are in shared memory at a time."""
     warps: int
-    """Of a block; each has 16 or 32 of the rows."""
+    """Of a block, of those that have 16 or 32 of the rows each."""
     blocks: int
     """That a multiprocessor shall hold at least: it limits the registers of a thread."""
     q_in_registers: bool
@@ -75,7 +81,8 @@ class Variant(NamedTuple):
     @property
     def source(self) -> str:
         """The file that it is compiled from."""
-        return "backward_key.cu" if "_only_" in self.kernel else f"{self.kernel}.cu"
+        other = {"hopper": "forward_hopper.cu"}.get(self.kernel, f"{self.kernel}.cu")
+        return "backward_key.cu" if "_only_" in self.kernel else other
 
     @property
     def entry(self) -> str:
@@ -85,16 +92,36 @@ class Variant(NamedTuple):
     @property
     def threads(self) -> int:
         """Of a block."""
-        return 32 * self.tile.warps
+        return 32 * (self.tile.warps + self.copying)
+
+    @property
+    def copying(self) -> int:
+        """Warps of a block that only copy."""
+        return 4 if self.kernel in HOPPER else 0
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a Hopper makes weights of a tile while the values of the last one are multiplied.
+
+        The text stands twice then: with terms it would be 30,000 instructions, and where a head
+        has 256 features 172 bytes spilled.
+        """
+        return self.kernel == "hopper" and not self.terms and self.features <= 128
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What it is compiled for."""
+        return ("sm_90a",) if self.kernel in HOPPER else TARGETS
 
     @property
     def shared_bytes(self) -> int:
-        """Of a block: its own tiles, its stages of K_j and V_j, or of Q_i and dO_i, and weights."""
+        """Of a block: own tiles, stages of K_j and V_j, or of Q_i and dO_i, weights, barriers."""
         if self.kernel == "merge":
             return 0
         keys = self.tile.cols * self.tile.warps // self.shares
         rows = self.own_tiles * self.tile.rows + 2 * self.stages * keys
-        return itemsize(self.dtype) * self.features * rows + self.weight_bytes * self.tile.rows
+        more = self.weight_bytes * self.tile.rows + (128 if self.copying else 0)
+        return itemsize(self.dtype) * self.features * rows + more
 
     @property
     def shares(self) -> int:
@@ -116,6 +143,10 @@ class Variant(NamedTuple):
         """Of a row, for weights that pass from lane to lane, 32 at a time; or 0."""
         return 128 if self.kernel == "ffma" else 0
 
+    def runs_on(self, target: str) -> bool:
+        """Return whether it compiles for a device."""
+        return self.kernel not in HOPPER or target in self.targets
+
     def defines(self) -> dict[str, int]:
         """Return what the compiler is told."""
         rows, cols, warps, blocks, q_in_registers, split = self.tile
@@ -131,6 +162,9 @@ class Variant(NamedTuple):
             "OWN_TILES": self.own_tiles,
             "STAGES": self.stages,
             "WEIGHT_BYTES": self.weight_bytes,
+            "COPYING": self.copying,
+            "MAPS": int(self.kernel in HOPPER),
+            "OVERLAP": int(self.overlaps),
             "GIVES_KEY": int(self.kernel != "backward_only_value"),
             "GIVES_VALUE": int(self.kernel != "backward_only_key"),
             "TERMS": int(self.terms),
@@ -187,6 +221,20 @@ SPLIT32 = {
     128: Tile(16, 16, 4, 1, False, 512),
 }
 """The same for float32."""
+HOPPERS = {
+    64: Tile(128, 128, 8, 1, False),
+    128: Tile(128, 128, 8, 1, False),
+    256: Tile(128, 64, 8, 1, False),
+}
+"""Tiles of 16 bits on a Hopper: two warp groups of 64 rows; smaller heads end in zeros."""
+
+HOPPERS_TERMS = {
+    64: HOPPERS[64],
+    128: Tile(128, 64, 8, 1, False),
+    256: Tile(128, 32, 8, 1, False),
+}
+"""The same where logits are made of more: at twice the keys 128 features spilled 148 bytes, and 256
+spilled 228."""
 
 NARROW = Tile(128, 16, 8, 1, False)
 """What fits of the widest heads: beside a sum of theirs there is room for little."""
@@ -232,6 +280,8 @@ SMALL_SPLIT = Tile(16, 16, 2, 1, False, 32)
 
 SMALL_FFMA = Tile(32, 32, 2, 1, False)
 """The same for the kernel whose weights pass 32 at a time."""
+SMALL_HOPPER = Tile(64, 16, 4, 1, False)
+"""The same of one warp group."""
 
 
 def itemsize(dtype: str) -> int:
@@ -247,6 +297,8 @@ def features_for(d: int) -> int:
 def tiles_of(kernel: str, dtype: str, terms: bool) -> dict[int, Tile]:
     """Return the tiles of a kernel by features."""
     wide = dtype == "float32"
+    if kernel == "hopper":
+        return {} if wide else HOPPERS_TERMS if terms else HOPPERS
     if kernel == "backward_key" and terms and not wide:
         return KEYS_TERMS
     if kernel == "ffma":
@@ -260,7 +312,7 @@ def tiles_of(kernel: str, dtype: str, terms: bool) -> dict[int, Tile]:
 
 def has_variant(dtype: str, d: int, terms: bool, kernel: str) -> bool:
     """Return whether a kernel takes heads of d features."""
-    return features_for(d) in tiles_of(kernel, dtype, terms)
+    return any(d <= most for most in tiles_of(kernel, dtype, terms))
 
 
 def variant_of(dtype: str, d: int, terms: bool, kernel: str = "forward") -> Variant:
@@ -268,8 +320,9 @@ def variant_of(dtype: str, d: int, terms: bool, kernel: str = "forward") -> Vari
 
     It depends on nothing else: not on the batch, nor on the number of rows.
     """
-    features = features_for(d)
-    return Variant(kernel, dtype, features, terms, tiles_of(kernel, dtype, terms)[features])
+    tiles = tiles_of(kernel, dtype, terms)
+    features = next(most for most in tiles if d <= most)
+    return Variant(kernel, dtype, features, terms, tiles[features])
 
 
 def forward_variants(dtype: str, d: int, terms: bool, kernel: str) -> list[Variant]:
@@ -283,7 +336,7 @@ def backward_variants(dtype: str, d: int, terms: bool) -> list[Variant]:
     return [
         variant_of(dtype, d, terms, kernel)
         for kernel in BACKWARD
-        if has_variant(dtype, d, terms, kernel)
+        if features_for(d) in tiles_of(kernel, dtype, terms)
     ]
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from refattn.errors import RefattnError
 from refattn_gpu.cuda.build import build, release
-from refattn_gpu.cuda.catalogue import TARGETS, Variant, variants
+from refattn_gpu.cuda.catalogue import HOPPER, Variant, variants
 from refattn_gpu.ptx import Table, as_toml
 
 BUDGETS = Path(__file__).with_name("budgets.toml")
@@ -36,7 +36,7 @@ def measured() -> Table:
     Raises:
         BuildError: there is no compiler here, or it refuses a kernel.
     """
-    return {v.name: {target: build(v, target).usage for target in TARGETS} for v in variants()}
+    return {v.name: {target: build(v, target).usage for target in v.targets} for v in variants()}
 
 
 def _disassembler() -> str:
@@ -83,6 +83,7 @@ PRODUCTS = {
     "ffma": ("S", "O"),
     "split": ("S", "O"),
     "merge": (),
+    "hopper": ("S", "O"),
     "backward_query": ("S", "dP", "dQ"),
     "backward_key": ("S", "dP", "dV", "dK"),
     "backward_only_key": ("S", "dP", "dK"),
@@ -92,10 +93,12 @@ PRODUCTS = {
 
 
 def products(variant: Variant) -> int:
-    """Return how many mma a warp makes in a turn: none where multiply-adds do."""
+    """Return how many mma, or wgmma, the text has: of one turn of its loop, or of two."""
     rows, cols, *_ = variant.tile
     if variant.kernel == "ffma":
         return 0
+    if variant.kernel in HOPPER:
+        return (1 + variant.overlaps) * (variant.features // 16 + cols // 16)
     steps = variant.features // 16 if variant.dtype != "float32" else 3 * (variant.features // 8)
     return len(PRODUCTS[variant.kernel]) * (rows // variant.shares // 16) * (cols // 8) * steps
 

@@ -34,8 +34,10 @@ HEADERS = (
     "products32.h",
     "rows.h",
     "gradients.h",
+    "products_hopper.h",
     "emulated/primitives.h",
     "emulated/chunks.h",
+    "emulated/hopper.h",
     "emulated/machine.h",
     "emulated/launch.cpp",
 )
@@ -117,6 +119,7 @@ def launch(
     blocks: int,
     arrays: Iterable[np.ndarray[Any, Any]],
     *,
+    maps: ctypes.Structure | None = None,
     backwards: bool = False,
 ) -> None:
     """Run a kernel.
@@ -126,6 +129,7 @@ def launch(
         job: what it is told.
         blocks: of the grid.
         arrays: all that it may read.
+        maps: of tensors, to a kernel that takes them.
         backwards: the order of warps and lanes; results do not depend on it.
 
     Raises:
@@ -135,7 +139,12 @@ def launch(
     ranges = (_Range * len(spans))(*(_Range(low, high - low) for low, high in spans))
     with _RUNNING:
         said = library(code)(
-            ctypes.byref(job), ranges, len(spans), ctypes.c_uint(blocks), ctypes.c_bool(backwards)
+            ctypes.byref(job),
+            ctypes.byref(maps) if maps else None,
+            ranges,
+            len(spans),
+            ctypes.c_uint(blocks),
+            ctypes.c_bool(backwards),
         )
     if said:
         raise EmulationError(f"the emulation found {said.decode()}")

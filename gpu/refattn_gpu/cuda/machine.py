@@ -15,12 +15,16 @@ from refattn.arrays import Array
 from refattn.backends import BackendAbsent
 from refattn_gpu import cupy_text
 from refattn_gpu.cuda import build, emulate
-from refattn_gpu.cuda.catalogue import Variant
+from refattn_gpu.cuda.catalogue import HOPPER, Variant
 from refattn_gpu.cuda.problem import address
 from refattn_gpu.cuda.records import BYTES, Cells, Job, Rows
+from refattn_gpu.cuda.tensor_maps import encoded, maps_of
 
 OLDEST = (8, 0)
 """The first compute capability with cp.async and mma.m16n8k16."""
+
+HOPPER_CAPABILITY = (9, 0)
+"""The one with wgmma and, of what is used here, copies by tensor maps: no other runs sm_90a."""
 
 
 @cache
@@ -61,10 +65,15 @@ def capability() -> tuple[int, int]:
     return int(digits[:-1]), int(digits[-1])
 
 
+def is_hopper() -> bool:
+    """Return whether the kernels run on a device, and it is a Hopper."""
+    return not absent_device() and capability() == HOPPER_CAPABILITY
+
+
 def target() -> str:
     """Return what to compile for: the architecture with all its features where it has a variant."""
     major, minor = capability()
-    return f"sm_{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
+    return f"sm_{major}{minor}{'a' if (major, minor) == HOPPER_CAPABILITY else ''}"
 
 
 def launch(
@@ -126,7 +135,8 @@ def relocated(job: Job, hosts: list[np.ndarray[Any, Any]], there: list[int]) -> 
 def _start(variant: Variant, job: Job, blocks: int) -> None:
     run = _function(variant, _cupy().cuda.Device().id)
     record = np.frombuffer(bytes(job), np.dtype(f"V{BYTES}")).reshape(())
-    run((blocks,), (variant.threads,), (record,), shared_mem=variant.shared_bytes)
+    records = (record, encoded(maps_of(variant, job))) if variant.kernel in HOPPER else (record,)
+    run((blocks,), (variant.threads,), records, shared_mem=variant.shared_bytes)
 
 
 @cache

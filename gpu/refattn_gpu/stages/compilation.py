@@ -25,7 +25,8 @@ def run(on: Ground, put: Put) -> None:
         put("skipped", why)
         return
     target = TARGETS[-1] if on.simulated else machine.target()
-    todo = variants()[:FEW] if on.simulated else variants()
+    todo = [variant for variant in variants() if variant.runs_on(target)]
+    todo = todo[:FEW] if on.simulated else todo
     put("compiler", {"release": build.release(), "target": target})
     # a process each: what a compilation locks, it locks in its own
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:

@@ -48,6 +48,8 @@ def _subjects() -> Iterator[tuple[str, str, Call]]:
         for dtype in ("float16", "bfloat16", "float32"):
             yield f"forward cuda-cpp {dtype}", dtype, _fast
             yield f"backward cuda-cpp {dtype}", dtype, _fast_backward
+            if machine.is_hopper() and dtype != "float32":
+                yield f"forward cuda-cpp mma.sync {dtype}", dtype, _elsewhere
         yield "forward cuda-cpp ffma float32", "float32", _ffma
     for dtype in ("float32", "float64"):
         for form in FORMS:
@@ -61,6 +63,11 @@ def _fast(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:
 
 def _ffma(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:
     return tuple(cuda.attention(query, key, value, kernel="ffma", causal=True))
+
+
+def _elsewhere(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:
+    """Return attention by the kernel that a Hopper is not given unasked."""
+    return tuple(cuda.attention(query, key, value, causal=True, kernel="forward"))
 
 
 def _fast_backward(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:

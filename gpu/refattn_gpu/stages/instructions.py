@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from refattn_gpu.cuda import emulate, instructions, machine
+from refattn_gpu.cuda import emulate, instructions, instructions_hopper, machine
 from refattn_gpu.stages.ground import Ground, Put, attempt
 
 
@@ -13,17 +13,21 @@ def run(on: Ground, put: Put) -> None:
     if why := emulate.no_gxx() or ("" if on.simulated else machine.absent_device()):
         put("skipped", why)
         return
+    _compare(on, put, "instructions", instructions)
+    if on.simulated or machine.is_hopper():
+        _compare(on, put, "instructions of a Hopper", instructions_hopper)
+
+
+def _compare(on: Ground, put: Put, name: str, kernel: Any) -> None:
     for dtype in ("float16", "bfloat16"):
 
         def find(dtype: str = dtype) -> dict[str, Any]:
-            expected = instructions.emulated(dtype)
+            expected = kernel.emulated(dtype)
             found = (
-                instructions.emulated(dtype, backwards=True)
-                if on.simulated
-                else instructions.launched(dtype)
+                kernel.emulated(dtype, backwards=True) if on.simulated else kernel.launched(dtype)
             )
-            words = instructions.different(found, expected)
-            summary = f"words {words} of {instructions.WORDS} differ from the emulation's"
-            return {"ok": not words, "words": instructions.WORDS, "summary": summary}
+            words = kernel.different(found, expected)
+            summary = f"words {words} of {kernel.WORDS} differ from the emulation's"
+            return {"ok": not words, "words": kernel.WORDS, "summary": summary}
 
-        attempt(put, f"instructions {dtype}", find)
+        attempt(put, f"{name} {dtype}", find)

@@ -203,6 +203,12 @@ def subjects_of(on: Ground, arrays: list[Any], causal: bool) -> Iterator[Subject
                 return cuda.attention(*operands, causal=causal).output
 
             yield Subject("refattn cuda-cpp", dtype, fast)
+            if machine.is_hopper() and dtype in HALVES:
+
+                def elsewhere(operands: list[Any] = operands) -> Any:
+                    return cuda.attention(*operands, causal=causal, kernel="forward").output
+
+                yield Subject("refattn cuda-cpp mma.sync", dtype, elsewhere)
     for form in FORMS:
 
         def ours(form: str = form) -> Any:

@@ -26,8 +26,16 @@ DEVICE void multiply_keys(float (&S)[M_TILES][COLS / 8][4], Left left, u32 K_j, 
   }
 }
 
-// O += P_ij V_j (line 12). The weights of 16 keys lie in a thread's registers as the left operand
-// wants them, once they are rounded to 16 bits; V_j is read transposed.
+// The weights of 16 keys lie in a thread's registers as the left operand wants them, once they are
+// rounded to 16 bits.
+DEVICE void left_of_weights(u32 (&a)[4], const float (&P)[COLS / 8][4], int k) {
+  a[0] = pack(P[2 * k][0], P[2 * k][1]);
+  a[1] = pack(P[2 * k][2], P[2 * k][3]);
+  a[2] = pack(P[2 * k + 1][0], P[2 * k + 1][1]);
+  a[3] = pack(P[2 * k + 1][2], P[2 * k + 1][3]);
+}
+
+// O += P_ij V_j (line 12); V_j is read transposed.
 DEVICE void multiply_values(
     float (&O)[M_TILES][FEATURES / 8][4], const float (&P)[M_TILES][COLS / 8][4], u32 V_j, int lane) {
   const u32 values = left_address(V_j, 0, lane);
@@ -35,12 +43,7 @@ DEVICE void multiply_values(
   for (int k = 0; k < COLS / 16; k++) {
     u32 a[M_TILES][4];
 #pragma unroll
-    for (int t = 0; t < M_TILES; t++) {
-      a[t][0] = pack(P[t][2 * k][0], P[t][2 * k][1]);
-      a[t][1] = pack(P[t][2 * k][2], P[t][2 * k][3]);
-      a[t][2] = pack(P[t][2 * k + 1][0], P[t][2 * k + 1][1]);
-      a[t][3] = pack(P[t][2 * k + 1][2], P[t][2 * k + 1][3]);
-    }
+    for (int t = 0; t < M_TILES; t++) left_of_weights(a[t], P[t], k);
 #pragma unroll
     for (int n = 0; n < FEATURES / 16; n++) {
       u32 b[4];

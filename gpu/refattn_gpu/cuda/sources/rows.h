@@ -81,8 +81,9 @@ DEVICE void to_logits(
   }
 }
 
-// Lines 10, 11 and 13, and of line 12 what O_i is multiplied by. S becomes P, not yet divided by l.
-DEVICE void to_weights(float (&S)[M_TILES][COLS / 8][4], Lines& my, float unit) {
+// Lines 10, 11 and 13, and of line 12 what O_i is to be multiplied by. S becomes P, not yet divided by l.
+DEVICE void to_weights(
+    float (&S)[M_TILES][COLS / 8][4], Lines& my, float (&old)[M_TILES][2], float unit) {
 #pragma unroll
   for (int t = 0; t < M_TILES; t++) {
 #pragma unroll
@@ -97,9 +98,9 @@ DEVICE void to_weights(float (&S)[M_TILES][COLS / 8][4], Lines& my, float unit) 
       // Both maxima are rounded once: a multiply-add would turn rows whose maximum stays by its own
       // rounding, in every tile anew (NUM-MODEL1).
       const float shift = shift_of(m_new, unit);
-      const float old = ex2(times(my.m[t][half], unit) - shift);
+      old[t][half] = ex2(times(my.m[t][half], unit) - shift);
       my.m[t][half] = m_new;  // line 13
-      float l = old * my.l[t][half];
+      float l = old[t][half] * my.l[t][half];
 #pragma unroll
       for (int n = 0; n < COLS / 8; n++) {
 #pragma unroll
@@ -109,13 +110,27 @@ DEVICE void to_weights(float (&S)[M_TILES][COLS / 8][4], Lines& my, float unit) 
         }
       }
       my.l[t][half] = l;
-#pragma unroll
-      for (int n = 0; n < FEATURES / 8; n++) {  // line 12
-        my.O[t][n][2 * half] *= old;
-        my.O[t][n][2 * half + 1] *= old;
-      }
     }
   }
+}
+
+// Of line 12: O_i as the row's new maximum has it.
+DEVICE void rescale(Lines& my, const float (&old)[M_TILES][2]) {
+#pragma unroll
+  for (int t = 0; t < M_TILES; t++) {
+#pragma unroll
+    for (int n = 0; n < FEATURES / 8; n++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) my.O[t][n][e] *= old[t][e / 2];
+    }
+  }
+}
+
+// Both, where no product is under way that adds to O_i.
+DEVICE void to_weights(float (&S)[M_TILES][COLS / 8][4], Lines& my, float unit) {
+  float old[M_TILES][2];
+  to_weights(S, my, old, unit);
+  rescale(my, old);
 }
 
 DEVICE void drop(float (&P)[M_TILES][COLS / 8][4], const Job& job, const Place& at, int j_first) {

@@ -7,7 +7,7 @@
 #pragma once
 #include "cells.h"
 
-constexpr int THREADS = 32 * WARPS;
+constexpr int THREADS = 32 * (WARPS + COPYING);  // warps that own rows, and those that only copy
 constexpr int EACH = 16 / sizeof(Number);  // numbers of a chunk
 constexpr int CHUNKS = FEATURES / EACH;
 constexpr int M_TILES = ROWS / SHARES / 16;   // tiles of 16 rows that a warp has
@@ -15,8 +15,9 @@ constexpr int STAGE_KEYS = WARPS / SHARES * COLS;  // of a stage, of which a war
 constexpr int PERMUTED = CHUNKS < 8 ? CHUNKS : 8;
 constexpr u32 Q_BYTES = ROWS * CHUNKS * 16, K_BYTES = STAGE_KEYS * CHUNKS * 16;
 constexpr u32 STAGE_BYTES = 2 * K_BYTES;  // K_j and V_j
-constexpr u32 SHARED_BYTES =  // OWN_TILES stay, stages pass
-    OWN_TILES * Q_BYTES + STAGES * STAGE_BYTES + ROWS * WEIGHT_BYTES;
+constexpr u32 TILE_BYTES = OWN_TILES * Q_BYTES + STAGES * STAGE_BYTES;  // OWN_TILES stay, stages pass
+constexpr u32 SHARED_BYTES =  // weights, and barriers of copies
+    TILE_BYTES + ROWS * WEIGHT_BYTES + (COPYING ? 128 : 0);
 
 static_assert(ROWS % (16 * SHARES) == 0 && SPLIT % STAGE_KEYS == 0 && COLS % 16 == 0 && FEATURES % 32 == 0, "tile sizes");
 

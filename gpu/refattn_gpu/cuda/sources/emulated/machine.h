@@ -27,7 +27,7 @@ struct Copy {
   const unsigned char* from;  // null: zeros
 };
 
-enum State { READY, AT_WARP, AT_BARRIER, DONE };
+enum State { READY, AT_WARP, AT_BARRIER, AT_PHASE, DONE };
 
 struct Fiber {
   State state;
@@ -45,10 +45,20 @@ struct Chunk {
   long arrived;    // barriers passed when it was written; -1 before
   long read;       // barriers passed at the last read; -1 before any
   unsigned reader;  // warp that read it
+  bool elsewhere;  // written by other instructions than copies of chunks: More tells what may read it
   int owner = -1;  // thread that stored it, or -1 where a copy came
   long turn = 0;   // barriers of the owner's warp at the store
   int lane = -1;   // thread that read it since its warp's last barrier, or -2 for several
   long read_turn = 0;
+};
+
+// What a machine with more instructions does besides (hopper.h).
+struct More {
+  void (*begin)();         // before a block's first thread
+  void (*meet)();          // when all have come to a barrier
+  bool (*late)();          // when no thread can go on: do something that was put off; false if nothing was
+  void (*end)();           // after a block's last thread
+  void (*read)(unsigned);  // before a read of what it wrote itself
 };
 
 struct Range {
@@ -67,12 +77,18 @@ static long barriers;
 static std::vector<long> turns;  // barriers of a warp alone, by warp
 static void (*body)();
 static char fault[400];  // the first one found; empty if none
+static bool reversed;    // the order of warps and lanes
+static More more = {[] {}, [] {}, [] { return false; }, [] {}, [](unsigned) {}};
 
-[[noreturn]] static void fail(const char* what, unsigned long long which) {
+static void note(const char* what, unsigned long long which) {
   if (!fault[0]) {
     snprintf(fault, sizeof fault, "%s (%llu) [thread %u of block %u, after %ld barriers]", what,
              which, current, block, barriers);
   }
+}
+
+[[noreturn]] static void fail(const char* what, unsigned long long which) {
+  note(what, which);
   longjmp(scheduler, 2);
 }
 
@@ -114,6 +130,7 @@ static void wait_at_barrier() {
     if (other.state != AT_BARRIER) return yield(AT_BARRIER);
   }
   barriers++;
+  more.meet();
   for (Fiber& other : fibers) other.state = READY;
 }
 
@@ -173,6 +190,10 @@ static bool shared_with(const Chunk& chunk, int thread) {
 
 static const unsigned char* read_chunk(unsigned address, int thread = (int)current) {
   Chunk& chunk = chunk_at(address);
+  if (chunk.elsewhere) {
+    more.read(address);
+    return &memory[address];
+  }
   if (chunk.writer >= 0) fail("a read of what is on its way: not waited for", address);
   if (chunk.arrived < 0) fail("a read of what nobody wrote", address);
   if (chunk.arrived == barriers && !shared_with(chunk, thread)) {
@@ -209,12 +230,14 @@ static bool resume(unsigned thread) {
 }
 
 static bool run_block(unsigned threads, unsigned bytes, bool backwards) {
+  reversed = backwards;
   fibers.assign(threads, Fiber{});
   stacks.resize((size_t)threads * STACK);
   memory.assign(bytes, POISON);
-  chunks.assign(bytes / CHUNK, Chunk{-1, -1, -1, 0});
+  chunks.assign(bytes / CHUNK, Chunk{-1, -1, -1, 0, false});
   barriers = 0;
   turns.assign(threads / LANES, 0);
+  more.begin();
   for (unsigned ended = 0; ended < threads;) {
     bool moved = false;
     for (unsigned k = 0; k < threads / LANES; k++) {
@@ -230,12 +253,13 @@ static bool run_block(unsigned threads, unsigned bytes, bool backwards) {
         }
       }
     }
-    if (!moved) {
+    if (!moved && !(more.late() && !fault[0])) {
       if (!fault[0]) snprintf(fault, sizeof fault, "threads that wait for ever (%u ended of %u) [block %u]", ended, threads, block);
       return false;
     }
   }
-  return true;
+  more.end();
+  return !fault[0];
 }
 
 }  // namespace machine
