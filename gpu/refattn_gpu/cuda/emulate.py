@@ -35,6 +35,9 @@ HEADERS = (
     "products_hopper.h",
     "emulated/primitives.h",
     "emulated/hopper.h",
+    "emulated/warp_groups.h",
+    "emulated/boxes.h",
+    "emulated/order.h",
     "emulated/machine.h",
     "emulated/launch.cpp",
 )
