@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from typing import Any
+from unittest.mock import Mock
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +21,7 @@ from refattn_gpu.cuda import catalogue, emulate, machine, tensor_maps
 from refattn_gpu.cuda.attention import emulated, kernel_for, result_of
 from refattn_gpu.cuda.catalogue import HOPPERS, SMALL_HOPPER, Tile, variant_of, variants
 from refattn_gpu.cuda.problem import Problem, address, problem_of
+from refattn_gpu.cuda.records import BYTES
 from refattn_gpu.stages import determinism, timing
 from refattn_gpu.stages.ground import ground
 
@@ -258,6 +260,21 @@ def test_the_driver_is_told_every_number_of_a_map(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tensor_maps, "_encoder", lambda: lambda *rest: 1)
     with pytest.raises(RefattnError, match=r"the driver answers 1 to a tensor map of \[16, 71,"):
         tensor_maps.encoded(maps)
+
+
+def test_a_launch_hands_the_maps_over_beside_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(machine, "_cupy", Mock())
+    monkeypatch.setattr(machine, "_function", lambda *_: lambda *a, **k: started.append((a, k)))
+    monkeypatch.setattr(tensor_maps, "_encoder", lambda: lambda *_: 0)
+    found = problem_of("test", *problem(), {})
+    for kernel, sizes in (("hopper", (BYTES, 3 * 128)), ("forward", (BYTES,))):
+        variant = variant_of("float16", 24, False, kernel)
+        machine._start(variant, found.job, 5)
+        (blocks, threads, records), more = started.pop()
+        assert (blocks, more["shared_mem"]) == ((5,), variant.shared_bytes)
+        assert threads == (384 if kernel == "hopper" else 128,)
+        assert tuple(record.nbytes for record in records) == sizes
 
 
 def test_a_tile_of_a_device_fits_a_wgmma() -> None:

@@ -38,6 +38,9 @@ HEADERS = (
     "emulated/primitives.h",
     "emulated/chunks.h",
     "emulated/hopper.h",
+    "emulated/warp_groups.h",
+    "emulated/boxes.h",
+    "emulated/order.h",
     "emulated/machine.h",
     "emulated/launch.cpp",
 )

@@ -2,8 +2,9 @@
 //
 // What forward.cu says holds here, and rows.h is the same. Different is who does what:
 //
-// 1. One thread of a warp group of its own copies: Q_i, and then K_j and V_j, turn by turn, into a ring of
-//    slots. A slot has two barriers: at "full" its bytes are counted, at "empty" the warps that have read them.
+// 1. One thread of a warp group of its own copies: Q_i, and then K_j and V_j, turn by turn, into a ring
+//    of slots. A slot has two barriers: at "full" its bytes are counted, at "empty" the warps that have
+//    read them.
 // 2. A warp group multiplies its 64 rows of Q_i with a whole tile, where both lie in shared memory; P comes
 //    from registers, as ever. A thread has of a result what it would have of mma.sync's.
 // 3. Who only copies gives registers to those who multiply.
@@ -16,7 +17,7 @@
 
 constexpr int SLOTS = 4;
 
-// Slot x % SLOTS holds K_j for x = 2 j, and V_j for x = 2 j + 1, tiles counted from the first that is visited.
+// Slot x % SLOTS holds K_j for x = 2 j, and V_j for x = 2 j + 1: tiles are counted from the first visited.
 struct Ring {
   u32 tiles, barriers;
 };

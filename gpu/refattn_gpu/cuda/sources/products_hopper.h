@@ -1,8 +1,8 @@
 // Tiles as a Hopper's copies write and its products read them, and those products.
 //
 // A tile is panels of 64 features, and a row of a panel is 128 bytes: eight chunks of 16, permuted by XOR
-// with the number of the row modulo 8. The copy of a box and the products both know this permutation ("128-byte
-// swizzle"), which repeats every 8 rows: a panel begins at a multiple of 1024 bytes.
+// with the number of the row modulo 8. The copy of a box and the products both know this permutation
+// ("128-byte swizzle"), which repeats every 8 rows: a panel begins at a multiple of 1024 bytes.
 #pragma once
 #include "hopper.h"
 #include "products16.h"
