@@ -126,7 +126,7 @@ FAULTS = {
         "backward_key.cu", "if (turn + 1 < turns) copy", "copy", "not waited for|outside"
     ),
     "dO has no room": Fault(
-        "tiles.h", "OWN_TILES * Q_BYTES + 2", "Q_BYTES + 2", "beyond the shared memory"
+        "tiles.h", "OWN_TILES * Q_BYTES", "Q_BYTES", "beyond the shared memory"
     ),
     "rows of V are those of K": Fault(
         "backward_query.cu",

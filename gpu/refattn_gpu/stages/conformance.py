@@ -42,7 +42,7 @@ def run(on: Ground, put: Put) -> None:
         if name == "numba-cuda":
             _run_backend(backend, f"{name} rows", _by_rows(cases), put)
         if name == "cuda-cpp":
-            for kernel in FORWARD:
+            for kernel in FORWARD:  # the default is of the device
                 _run_backend(backend, f"{name} {kernel}", _by_kernel(cases, kernel), put)
 
 
