@@ -175,7 +175,8 @@ def describe(
     slopes, sinks = (_heads(options.get(name), h, dtype) for name in ("slopes", "sinks"))
     output = np.empty((b, h, n_q, d_v), dtype)
     left, right = _window(options)
-    reals = numbers(dtype, scale, softcap, options["keep_probability"])
+    empty = 1.0 / n_k if options["empty_row"] == "uniform" else 0.0
+    reals = numbers(dtype, scale, softcap, options["keep_probability"], empty)
     more, reads = (bias, slopes, softcap), options["masked"] == "add"
     plan = Plan(
         query=strided(q),

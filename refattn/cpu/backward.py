@@ -72,6 +72,8 @@ def differentiate(zero, plan, numbers, S, dP, bend, n, queries, factor):
 
         P = 2^(factor · S - L);  dS = P ∘ (dP - D);  dX = dS ∘ softcap′
 
+    An empty row that is read has P by its policy, and dS = dX = 0.
+
     Args:
         zero: a number of the computing format.
         plan: of the attention.
@@ -85,14 +87,14 @@ def differentiate(zero, plan, numbers, S, dP, bend, n, queries, factor):
     """
     lanes, vectors = lane_count(zero), queries.vectors
     c, nothing, endless = splat(factor), splat(zero), splat(numbers.infinity)
-    reads = plan.reads != 0
+    reads, empty = plan.reads != 0, splat(numbers.empty)
     for v in range(vectors):
         L, D = load(queries.L, v * lanes), load(queries.D, v * lanes)
         for y in range(n):
             at = (y * vectors + v) * lanes
             P = exp2(fma(load(S, at), c, sub(nothing, L)))
             if reads:
-                P = where_equal(L, endless, nothing, P)
+                P = where_equal(L, endless, empty, P)
             dS = where_read(reads, mul(P, sub(load(dP, at), D)), P, L, endless, nothing)
             store(S, at, P)
             dX = dS
@@ -137,6 +139,7 @@ def differentiate_tile(
     i,
     rows,
     first,
+    n_q,
     n_k,
     tiles,
     split,
@@ -160,6 +163,7 @@ def differentiate_tile(
         i: the panel's first query row.
         rows: of the panel.
         first: position of row i, tokens.
+        n_q: valid queries.
         n_k: valid keys.
         tiles: (K, its stride, V, its stride, dK, dV, S, dP, bend, added), by pointer.
         split: the range of keys.
@@ -188,7 +192,7 @@ def differentiate_tile(
     if seen != ALL:
         bar_masked(zero, plan, numbers, b, h, i, rows, j, n, S, width)
     if not inside:
-        bar_outside(zero, plan, numbers, first, rows, j, n, n_k, S, vectors)
+        bar_outside(zero, plan, numbers, first, min(rows, n_q - i), j, n, n_k, S, vectors)
     if plan.keep.address != 0:
         drop(zero, plan, numbers, b, h, i, rows, j, n, dP, vectors, False)
     # lines 13 and 17
@@ -228,7 +232,8 @@ def differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, s
     lanes = lane_count(zero)
     width = VECTORS * lanes
     q0 = block * PANELS * width
-    valid = min(plan.n_q, q0 + PANELS * width, rules.query_lengths[b])
+    n_q, n_k = rules.query_lengths[b], rules.key_lengths[b]
+    valid = min(plan.n_q if plan.reads else n_q, q0 + PANELS * width)
     offset, tile = rules.offsets[b], plan.key_tile + ROW_STEP
     d_k, d_v = padded(plan.d_k, lanes), padded(plan.d_v, lanes)
     keys, values = scratch, advance(scratch, tile * d_k)
@@ -241,7 +246,6 @@ def differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, s
     buffer = advance(S, 4 * tile * width)
     panels = advance(buffer, lanes * max(d_k, d_v))
     begin = split * grads.keys
-    n_k = rules.key_lengths[b]
     end = max(begin, min(plan.n_k if plan.reads else n_k, (split + 1) * grads.keys))
     low, high = end, begin
     for p in range(PANELS):
@@ -274,10 +278,10 @@ def differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, s
             lo, hi, all_lo, all_hi = reach(plan, i + offset, rows, n_k)
             if rows > 0 and (plan.reads or (j < hi and j + n > lo)):
                 queries = queries_at(zero, plan, panels, p, rows)
-                inside = j >= all_lo and j + n <= all_hi
+                inside = j >= all_lo and j + n <= all_hi and i + rows <= n_q
                 differentiate_tile(
-                    zero, plan, numbers, grads, rules.slopes[h], b, h, i, rows, i + offset, n_k,
-                    tiles, split, j, n, inside, queries,
+                    zero, plan, numbers, grads, rules.slopes[h], b, h, i, rows, i + offset, n_q,
+                    n_k, tiles, split, j, n, inside, queries,
                 )  # fmt: skip
     for p in range(PANELS):
         i = q0 + p * width

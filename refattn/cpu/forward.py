@@ -39,8 +39,8 @@ def scratch_size(plan: Plan, lanes: int) -> int:
 
 @njit(error_model="numpy", inline="always")
 def attend_tile(
-    zero, plan, numbers, slope, b, h, i, rows, first, n_k, K, k_row, V, v_row, j, n, inside, finite,
-    panel,
+    zero, plan, numbers, slope, b, h, i, rows, first, n_q, n_k, K, k_row, V, v_row, j, n, inside,
+    finite, panel,
 ):  # fmt: skip
     """Attend from one panel of queries to one tile of keys.
 
@@ -56,6 +56,7 @@ def attend_tile(
         i: the panel's first query row.
         rows: of the panel.
         first: position of row i, tokens.
+        n_q: valid queries.
         n_k: valid keys.
         K: the tile's keys, by pointer.
         k_row: elements from one key to the next.
@@ -85,7 +86,7 @@ def attend_tile(
     if seen != ALL:
         bar_masked(zero, plan, numbers, b, h, i, rows, j, n, S, width)
     if not inside:
-        bar_outside(zero, plan, numbers, first, rows, j, n, n_k, S, vectors)
+        bar_outside(zero, plan, numbers, first, min(rows, n_q - i), j, n, n_k, S, vectors)
     # lines 10-11
     softmax_tile(zero, numbers, S, n, panel, to_powers(plan, numbers))
     # line 12, the division by l left to the end
@@ -126,9 +127,9 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
     width = VECTORS * lane_count(zero)
     q0 = block * plan.panels * width
     last = min(plan.n_q, q0 + plan.panels * width)
-    valid = max(q0, min(last, rules.query_lengths[b]))
+    n_q, n_k, offset = rules.query_lengths[b], rules.key_lengths[b], rules.offsets[b]
+    valid = last if plan.reads else max(q0, min(last, n_q))
     count = (valid - q0 + width - 1) // width
-    n_k, offset = rules.key_lengths[b], rules.offsets[b]
     leave_empty(zero, plan, numbers, b, h, valid, last, sinks[h])
     d_v = up(plan.d_v, ROW_STEP)
     keys, values, S, added, buffer, panels = divide(plan, scratch, d_v, width)
@@ -171,9 +172,9 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
                 y, stop_y = ahead * p // count, ahead * (p + 1) // count
                 fetch_rows(zero, plan.storage, plan.key, b, g, j + n + y, stop_y - y, plan.d_k)
                 fetch_rows(zero, plan.storage, plan.value, b, g, j + n + y, stop_y - y, plan.d_v)
-                inside = start >= all_lo and stop <= all_hi
+                inside = start >= all_lo and stop <= all_hi and i + rows <= n_q
                 attend_tile(
-                    zero, plan, numbers, slopes[h], b, h, i, rows, i + offset, n_k,
+                    zero, plan, numbers, slopes[h], b, h, i, rows, i + offset, n_q, n_k,
                     K_p, k_row, V_p, v_row, start, stop - start, inside, finite, panel,
                 )  # fmt: skip
     for p in range(count):

@@ -110,7 +110,7 @@ def end_panel(zero, plan, numbers, b, h, i, rows, sink, panel):
             top = high
         store(m, v * lanes, top)
         store(l, v * lanes, total)
-        if plan.reads:  # but for an empty row, which reads nothing
+        if plan.reads:  # but for an empty row, whose weights are 0 whatever its logits
             total = where_equal(total, splat(zero), total, add(total, load(panel.read, v * lanes)))
             store(l, v * lanes, total)
         divisor = where_less(total, smallest(total), ones(total), total)
