@@ -114,6 +114,27 @@ def test_what_is_forbidden_is_never_read(poison):
             assert np.abs(a - b).max() < 1e-5, name  # a row of poison is summed by another loop
 
 
+@pytest.mark.clause("OWN-POISON1", "OWN-BACKWARD1")
+@pytest.mark.parametrize("name", ["query", "key", "d_output"])
+def test_a_query_that_is_not_a_number_does_not_reach_the_keys_it_may_not_see(name):
+    ways = {
+        "causal": ({"causal": True}, slice(71, 131)),
+        "mask": ({"mask": np.arange(131) % 7 > 0}, slice(0, 131, 7)),
+        "bias": ({"bias": np.where(np.arange(131) < 61, 0, -np.inf)}, slice(61, 131)),
+        "lengths": ({"key_lengths": np.array([61, 131])}, slice(61, 131)),  # in no whole step
+    }
+    for case, (options, unseen) in ways.items():
+        arrays = dict(zip(("query", "key", "value", "d_output"), problem(), strict=True))
+        options = {n: x.astype(np.float32) if n == "bias" else x for n, x in options.items()}
+        rest = {"query_lengths": np.array([71, 71])} | options  # row 70 is the last of them
+        arrays[name][0, :, 1 if name == "key" else 70, 3] = np.nan
+        g = cpu.attention_backward(arrays.pop("d_output"), **arrays, **rest)
+        for gradient in (g.d_key[0], g.d_value[0]):
+            assert not gradient[:, unseen].any(), case
+        touched = g.d_value if name == "d_output" else g.d_key
+        assert np.isnan(touched[0, :, 1, 3]).all(), case
+
+
 def test_bad_cotangents_are_refused_as_by_the_reference():
     query, key, value, d_output = problem()
     with pytest.raises(ShapeError, match="d_output has 24=23"):

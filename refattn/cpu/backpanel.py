@@ -33,7 +33,7 @@ class Queries(NamedTuple):
     d_slope: Any
     """Sums for ALiBi's slope, (w,)."""
     finite: Any
-    """One number: 1 if Q and dO are finite."""
+    """One number: 1 if Q and dO are finite and L is no NaN, so that a weight of 0 reads nothing."""
     vectors: Any
     """w in vectors."""
 
@@ -118,6 +118,8 @@ def begin_queries(zero, plan, numbers, grads, b, h, i, rows, queries, buffer):
         dots[at] = queries.D[r] = D
         if L[at] != -numbers.infinity:
             queries.L[r] = L[at] * numbers.log2_e
+        if L[at] != L[at]:
+            queries.finite[0] = zero
 
 
 @njit(error_model="numpy")

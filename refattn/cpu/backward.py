@@ -88,6 +88,7 @@ def differentiate(zero, plan, numbers, S, dP, bend, n, queries, factor):
     lanes, vectors = lane_count(zero), queries.vectors
     c, nothing, endless = splat(factor), splat(zero), splat(numbers.infinity)
     reads, empty = plan.reads != 0, splat(numbers.empty)
+    odd, barred = queries.finite[0] == zero and not reads, splat(-numbers.infinity)
     for v in range(vectors):
         L, D = load(queries.L, v * lanes), load(queries.D, v * lanes)
         for y in range(n):
@@ -95,6 +96,8 @@ def differentiate(zero, plan, numbers, S, dP, bend, n, queries, factor):
             P = exp2(fma(load(S, at), c, sub(nothing, L)))
             if reads:
                 P = where_equal(L, endless, empty, P)
+            if odd:  # -∞ - NaN is NaN, but what is forbidden has no weight
+                P = where_equal(load(S, at), barred, nothing, P)
             dS = where_read(reads, mul(P, sub(load(dP, at), D)), P, L, endless, nothing)
             store(S, at, P)
             dX = dS
@@ -201,9 +204,10 @@ def differentiate_tile(
     if terms:
         keep_added(zero, plan, grads, b, h, i, rows, first, split, j, n, bend, added, queries)
     whole = reads or (inside and seen == ALL and plan.bias.address == 0)
+    # a step of rows goes beyond the tile's last key, where a 0 may meet no NaN
+    by_cells = queries.finite[0] == zero and not (whole and (reads or n % ROW_STEP == 0))
     if plan.keep.address != 0:
-        marked = not whole and queries.finite[0] == zero
-        drop(zero, plan, numbers, b, h, i, rows, j, n, S, vectors, marked)
+        drop(zero, plan, numbers, b, h, i, rows, j, n, S, vectors, by_cells)
     # line 21
     if not whole and not finite_rows(zero, K, k_row, n, d_k):
         add_weighted_rows(zero, K, k_row, n, d_k, dP, queries.d_query, vectors)
@@ -214,7 +218,7 @@ def differentiate_tile(
         dQ = queries.d_query
         edge_values(zero, plan, K, k_row, first, rows, j, n, dP, vectors, d_k, dQ, ADD, dQ)
     # lines 16 and 22
-    if not whole and queries.finite[0] == zero:
+    if by_cells:
         add_weighted_columns(zero, numbers, dP, n, width, queries.Q_rows, padded(d_k, lanes), dK)
         add_weighted_columns(zero, numbers, S, n, width, queries.G_rows, padded(d_v, lanes), dV)
     elif inside or reads:
