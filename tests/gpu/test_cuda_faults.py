@@ -139,26 +139,26 @@ FAULTS = {
         "that were not waited for",
     ),
     "one lane is left out of a shuffle": Fault(
-        "forward.cu",
+        "rows.h",
         "m_new = fmaxf(m_new, shuffle_xor(m_new, 2));",
         "if (thread_index() % 32) m_new = fmaxf(m_new, shuffle_xor(m_new, 2));",
         "different operations|wait for ever",
     ),
     # the softmax
-    "O is not rescaled": Fault("forward.cu", "my.O[t][n][2 * half] *= old;", ""),
-    "l is not rescaled": Fault("forward.cu", "l = old * my.l[t][half]", "l = my.l[t][half]"),
+    "O is not rescaled": Fault("rows.h", "my.O[t][n][2 * half] *= old;", ""),
+    "l is not rescaled": Fault("rows.h", "l = old * my.l[t][half]", "l = my.l[t][half]"),
     "the maximum of two lanes is the row's": Fault(
-        "forward.cu", "m_new = fmaxf(m_new, shuffle_xor(m_new, 2));", ""
+        "rows.h", "m_new = fmaxf(m_new, shuffle_xor(m_new, 2));", ""
     ),
-    "the sum of two lanes is the row's": Fault("forward.cu", "l += shuffle_xor(l, 2);", ""),
-    "the logsumexp is in bits": Fault("forward.cu", "shift * LN2", "shift"),
+    "the sum of two lanes is the row's": Fault("rows.h", "l += shuffle_xor(l, 2);", ""),
+    "the logsumexp is in bits": Fault("rows.h", "shift * LN2", "shift"),
     "an empty row is shifted by -∞": Fault(
-        "forward.cu", "m_new == LOWEST ? 0.0f : m_new * unit", "m_new * unit"
+        "rows.h", "m_new == LOWEST ? 0.0f : times(m_new, unit)", "times(m_new, unit)"
     ),
-    "every lane sees the sink": Fault("forward.cu", "at.lane % 4 ? 0.0f : 1.0f", "1.0f"),
-    "a row of poison is not made again": Fault("forward.cu", "if (again & 15)", "if (false)"),
+    "every lane sees the sink": Fault("rows.h", "at.lane % 4 ? 0.0f : 1.0f", "1.0f"),
+    "a row of poison is not made again": Fault("rows.h", "if (again & 15)", "if (false)"),
     # which cells
-    "the tail is not masked": Fault("forward.cu", "j < seen.from || j >= seen.to", "j < seen.from"),
+    "the tail is not masked": Fault("rows.h", "j < seen.from || j >= seen.to", "j < seen.from"),
     "a tile in part is taken for whole": Fault(
         "forward.cu", "j_first + COLS <= every.to", "j_first < every.to"
     ),

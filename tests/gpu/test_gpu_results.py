@@ -33,14 +33,29 @@ DATA: dict[str, Any] = {
                 "finding cupy float64 x": "too far",
             },
         },
+        "accuracy": {
+            "status": "done",
+            "reason": "",
+            "results": {
+                "1,2,4096,64 full": {
+                    "subjects": {"torch flash float16": {"max_error": 3e-3, "rms_error": 2e-4}},
+                    "refused": {},
+                    "ok": False,
+                    "summary": "root mean square errors: larger",
+                },
+            },
+        },
         "timing": {
             "status": "timeout",
             "reason": "180 s",
             "results": {
                 "2,4,1024,64 full": {
                     "subjects": {
-                        "refattn tiles float32": ROW | {"rms_error": 1e-7},
+                        "refattn tiles float32": ROW,
                         "torch math float32": ROW | {"seconds": 0.005},
+                        "refattn cuda-cpp float16": ROW | {"seconds": 0.0005},
+                        "torch flash float16": ROW | {"seconds": 0.0004},
+                        "torch flash bfloat16": ROW,
                     },
                     "refused": {"torch cudnn float32": "no such kernel"},
                 },
@@ -84,8 +99,12 @@ def test_results_are_printed_with_device_driver_date_and_versions(
     assert "cupy float64 2 1 5 0.250" in lines
     assert "finding cupy float64 x: too far" in lines
     assert "timing, timeout: 180 s" in lines
-    assert "2,4,1024,64 full refattn tiles float32 2 1.9-2.2 8.50 1.00 1.0e-07" in lines
-    assert "2,4,1024,64 full torch math float32 5 1.9-2.2 8.50 2.50 –" in lines
+    assert "2,4,1024,64 full refattn tiles float32 2 1.9-2.2 8.50 1.00" in lines
+    assert "2,4,1024,64 full torch math float32 5 1.9-2.2 8.50 2.50" in lines
+    assert "2,4,1024,64 full torch flash float16 0.4 1.9-2.2 8.50 0.80" in lines
+    assert "2,4,1024,64 full torch flash bfloat16 2 1.9-2.2 8.50 –" in lines
+    assert "1,2,4096,64 full torch flash float16 3.00e-03 2.00e-04" in lines
+    assert "1,2,4096,64 full: root mean square errors: larger" in lines
     assert "2,4,1024,64 full: torch cudnn float32 did not run: no such kernel" in lines
     assert "1,4,16384,64 full: error MemoryError: too large" in lines
 

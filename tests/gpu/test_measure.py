@@ -13,8 +13,12 @@ import pytest
 
 from optional import require
 from refattn_gpu import measure
+from refattn_gpu.cuda import build
+from refattn_gpu.cuda.catalogue import variants
 from refattn_gpu.cuda.machine import absent
 from refattn_gpu.stages import STAGES
+from refattn_gpu.stages.accuracy import judged
+from refattn_gpu.stages.compilation import cost_of
 from refattn_gpu.stages.ground import journal, read_journal
 
 JOURNAL = """
@@ -87,8 +91,8 @@ def test_conformance_counts_runs_by_backend_and_dtype(whole: dict[str, Any]) -> 
 
 def test_determinism_counts_different_results(whole: dict[str, Any]) -> None:
     found = whole["stages"]["determinism"]["results"]
-    # two formats, two forms, forward and backward; and the kernels in CUDA C++
-    assert len(found) == 8 + 4 * (not absent())
+    # two formats, two forms, forward and backward; and the kernels in CUDA C++ in three formats
+    assert len(found) == 8 + 6 * (not absent())
     for value in found.values():
         assert (value["results"], value["moved"]) == (1, [])
 
@@ -96,7 +100,8 @@ def test_determinism_counts_different_results(whole: dict[str, Any]) -> None:
 def test_memory_is_taken_at_every_length(whole: dict[str, Any]) -> None:
     found = whole["stages"]["memory"]["results"]
     for name in ("forward", "backward", "standard forward"):
-        assert [found[f"{name} {n}"]["taken"] > 0 for n in (16, 32)] == [True, True]
+        for lengths in ("8 x 16", "8 x 32", "32 x 32"):
+            assert found[f"{name} {lengths}"]["taken"] > 0
 
 
 def test_timing_has_every_subject_or_why_it_refused(whole: dict[str, Any]) -> None:
@@ -108,7 +113,48 @@ def test_timing_has_every_subject_or_why_it_refused(whole: dict[str, Any]) -> No
         assert absent() or fast <= set(shape["subjects"])
         for row in shape["subjects"].values():
             assert 0 < row["low"] <= row["seconds"] <= row["high"]
-            assert row["rms_error"] <= row["max_error"] < 0.01
+
+
+def test_accuracy_has_the_errors_of_every_subject(whole: dict[str, Any]) -> None:
+    found = whole["stages"]["accuracy"]["results"]
+    assert [shape["causal"] for shape in found.values()] == [False, True]
+    for shape in found.values():
+        assert {"refattn rows float32", "refattn tiles float32"} <= set(shape["subjects"])
+        fast = {f"refattn cuda-cpp {dtype}" for dtype in ("float16", "bfloat16", "float32")}
+        assert absent() or fast <= set(shape["subjects"])
+        for name, row in shape["subjects"].items():
+            near = 0.05 if name.endswith("16") else 1e-4
+            assert 0 < row["rms_error"] <= row["max_error"] < near, name
+
+
+def test_an_error_larger_than_flash_attentions_is_a_complaint() -> None:
+    def rows(ours: float) -> dict[str, dict[str, float]]:
+        subjects = {"refattn cuda-cpp float16": ours, "torch flash float16": 2e-4}
+        return {name: {"rms_error": error} for name, error in subjects.items()}
+
+    assert judged(rows(2e-4))["ok"]
+    assert judged({})["ok"]
+    assert not judged(rows(float("nan")))["ok"]
+    found = {"accuracy": judged(rows(3e-4))}
+    (line,) = measure.complaints({"status": "done", "reason": "", "results": found})
+    assert line.endswith("root mean square errors: float16 0.0003, torch flash 0.0002")
+
+
+def test_compilation_tells_what_kernels_cost(whole: dict[str, Any]) -> None:
+    found = whole["stages"]["compilation"]["results"]
+    if build.no_nvrtc():
+        assert set(found) == {"skipped"}
+        return
+    names = {variant.name for variant in variants()[:2]}
+    assert set(found) == {"compiler", *names}
+    assert all(found[name]["ok"] and found[name]["registers"] > 0 for name in names)
+
+
+def test_a_kernel_that_does_not_compile_is_an_error_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build, "no_nvrtc", lambda: "nothing compiles")
+    assert cost_of(variants()[0], "sm_90a") == {"error": "nothing compiles"}
 
 
 def test_gradients_have_every_subject_or_why_it_refused(whole: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ HEADERS = (
     "tiles.h",
     "products16.h",
     "products32.h",
+    "rows.h",
     "gradients.h",
     "device/primitives.h",
 )

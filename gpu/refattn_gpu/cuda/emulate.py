@@ -30,6 +30,7 @@ HEADERS = (
     "tiles.h",
     "products16.h",
     "products32.h",
+    "rows.h",
     "gradients.h",
     "emulated/primitives.h",
     "emulated/machine.h",

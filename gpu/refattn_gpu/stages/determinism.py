@@ -45,7 +45,7 @@ def run(on: Ground, put: Put) -> None:
 def _subjects() -> Iterator[tuple[str, str, Call]]:
     """Yield every pass, as it is named, in the format of its operands."""
     if not machine.absent():
-        for dtype in ("float16", "float32"):
+        for dtype in ("float16", "bfloat16", "float32"):
             yield f"forward cuda-cpp {dtype}", dtype, _fast
             yield f"backward cuda-cpp {dtype}", dtype, _fast_backward
     for dtype in ("float32", "float64"):

@@ -18,9 +18,11 @@ from refattn_gpu.stages.timing import (
     SIMULATED,
     Plan,
     Subject,
+    problems_of,
     products,
     race,
-    row_of,
+    rows_of,
+    words_of,
 )
 
 PLAN = Plan(
@@ -35,20 +37,15 @@ PASSES = 2.5
 def run(on: Ground, put: Put) -> None:
     """Report each shape: medians and spread, and who refused it and why."""
     plan = Plan(*SIMULATED) if on.simulated else PLAN
-    for n in plan.lengths:
-        for d in plan.features:
-            for causal in (False, True):
-                shape = (max(1, plan.rows // plan.heads // n), plan.heads, n, d)
-                words = f"{','.join(map(str, shape))} {'causal' if causal else 'full'}"
-                attempt(put, words, partial(_timed, on, plan, shape, causal))
+    for shape, causal in problems_of(plan):
+        attempt(put, words_of(shape, causal), partial(_timed, on, plan, shape, causal))
 
 
 def _timed(on: Ground, plan: Plan, shape: tuple[int, ...], causal: bool) -> dict[str, Any]:
     """Time every subject that takes a shape."""
     arrays = drawn(on, "float32", *[shape] * 4)
     times, told = race(on, plan, _subjects(arrays, causal))
-    flops = PASSES * products(shape, causal)
-    rows = {f"{s.name} {s.dtype}": row_of(seconds, flops) for s, seconds in times.items()}
+    rows = rows_of(times, PASSES * products(shape, causal))
     return {"shape": shape, "causal": causal, **told, "subjects": rows}
 
 

@@ -14,7 +14,10 @@ KEYS = (1024, 4096, 16384, 65536, 131072)
 """Lengths of key and value."""
 
 QUERIES = 1024
-"""Query rows at every length."""
+"""Query rows at every length of these."""
+
+SQUARE = 16384
+"""Rows of a query and of a key, where both are long."""
 
 HEADS, FEATURES = 4, 64
 """Of the problem, float32; float16 for the kernels in CUDA C++."""
@@ -22,26 +25,25 @@ HEADS, FEATURES = 4, 64
 LARGEST_STANDARD = 16384
 """Keys up to which the matrices of standard attention are formed."""
 
-SIMULATED = ((16, 32), 8, 1, 8)
-"""Keys, queries, heads and features of the simulation."""
+SIMULATED = ((16, 32), 8, 32, 1, 8)
+"""Keys, queries, a square, heads and features of the simulation."""
 
 
 def run(on: Ground, put: Put) -> None:
-    """Report bytes taken during a call, what it returns included, by pass and length."""
-    lengths, queries, heads, features = (
-        SIMULATED if on.simulated else (KEYS, QUERIES, HEADS, FEATURES)
+    """Report bytes taken during a call, what it returns included, by pass and lengths."""
+    lengths, queries, square, heads, features = (
+        SIMULATED if on.simulated else (KEYS, QUERIES, SQUARE, HEADS, FEATURES)
     )
-    for n in lengths:
-        row, column = (1, heads, queries, features), (1, heads, n, features)
+    for n_q, n_k in [*((queries, n) for n in lengths), (square, square)]:
+        row, column = (1, heads, n_q, features), (1, heads, n_k, features)
         arrays = drawn(on, "float32", row, column, column, row)
-        for name, call in _calls(on, arrays, n).items():
+        for name, call in _calls(on, arrays, n_k).items():
 
-            def find(call: Callable[[], Any] = call, n: int = n) -> dict[str, Any]:
-                if n == lengths[0]:
-                    call()  # what is compiled and loaded once is not counted
-                return {"keys": n, "queries": queries, "taken": on.extra_bytes(call)}
+            def find(call: Callable[[], Any] = call) -> dict[str, Any]:
+                call()  # what is compiled and loaded once is not counted
+                return {"taken": on.extra_bytes(call)}
 
-            attempt(put, f"{name} {n}", find)
+            attempt(put, f"{name} {n_q} x {n_k}", find)
 
 
 def _calls(on: Ground, arrays: list[Any], n: int) -> dict[str, Callable[[], Any]]:
@@ -54,6 +56,8 @@ def _calls(on: Ground, arrays: list[Any], n: int) -> dict[str, Callable[[], Any]
         halves = [array.astype("float16") for array in arrays]
         calls["cuda-cpp forward"] = lambda: cuda.attention(*halves[:3])
         calls["cuda-cpp backward"] = lambda: cuda.attention_backward(halves[3], *halves[:3])
+        if n <= LARGEST_STANDARD:
+            calls["standard float16"] = lambda: standard_attention(on.xp, *halves[:3])
     if n <= LARGEST_STANDARD:
         calls["standard forward"] = lambda: standard_attention(on.xp, query, key, value)
     return calls

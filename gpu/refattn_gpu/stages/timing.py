@@ -1,21 +1,21 @@
 """Beside torch's attention and standard attention: one process, turn by turn, medians and spread.
 
 All subjects launch on the default stream and are timed there by events, several calls in a row, so
-that the device never waits for Python. flash and cuDNN take no float32; they are timed in float16,
-which is another problem, and their rows say so.
+that the device never waits for Python. flash and cuDNN take no float32. What the device can give
+at all, a product of square matrices shows: cuBLAS's, of as many FLOP as the problem.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from refattn.arrays import numpy_dtype
 from refattn_gpu import cuda, numba_cuda
 from refattn_gpu.cuda import machine
 from refattn_gpu.numba_cuda.attention import FORMS
@@ -35,6 +35,9 @@ ROWS = 65536
 HEADS = 4
 """h; the batch makes up the rest."""
 
+GPT2 = (64, 16, 1024, 64)
+"""(b, h, N, d) of GPT-2 medium's attention, causal, as the paper times it (FA1, section 4.1)."""
+
 TURN = 0.02
 """Seconds of calls in a row, at least."""
 
@@ -47,11 +50,11 @@ BUDGET = 6.0
 STANDARD_BYTES = 2**36
 """Bytes of the matrices beyond which standard attention is not asked."""
 
-GOLDEN = 4096
-"""Longest problem whose error is taken, against standard attention in float64."""
-
 SIMULATED = ((16,), (8,), 32, 2, (2, 2), 0.0)
 """Lengths, features, rows, heads, rounds and seconds of the simulation."""
+
+HALVES = ("float16", "bfloat16")
+"""Formats of 16 bits."""
 
 SDPA = {
     "math": "MATH",
@@ -68,6 +71,8 @@ class Subject(NamedTuple):
     name: str
     dtype: str
     call: Callable[[], Any]
+    flops: float = 0.0
+    """Of a call, where they are not the problem's."""
 
 
 class Plan(NamedTuple):
@@ -82,29 +87,37 @@ class Plan(NamedTuple):
 
 
 def run(on: Ground, put: Put) -> None:
-    """Report each shape: medians, spread, error, and who refused it and why."""
+    """Report each shape: medians and spread, and who refused it and why."""
     plan = (
         Plan(*SIMULATED) if on.simulated else Plan(LENGTHS, FEATURES, ROWS, HEADS, ROUNDS, BUDGET)
     )
-    for n in plan.lengths:
-        for d in plan.features:
-            for causal in (False, True):
-                shape = (max(1, plan.rows // plan.heads // n), plan.heads, n, d)
-                words = f"{','.join(map(str, shape))} {'causal' if causal else 'full'}"
-                attempt(put, words, partial(_timed, on, plan, shape, causal))
+    problems = [] if on.simulated else [(GPT2, True)]
+    for shape, causal in problems + problems_of(plan):
+        attempt(put, words_of(shape, causal), partial(_timed, on, plan, shape, causal))
+
+
+def problems_of(plan: Plan) -> list[tuple[tuple[int, ...], bool]]:
+    """Return the shapes of a plan, (b, h, N, d), each in full and causal."""
+    return [
+        ((max(1, plan.rows // plan.heads // n), plan.heads, n, d), causal)
+        for n in plan.lengths
+        for d in plan.features
+        for causal in (False, True)
+    ]
+
+
+def words_of(shape: tuple[int, ...], causal: bool) -> str:
+    """Return the name of a problem in the results."""
+    return f"{','.join(map(str, shape))} {'causal' if causal else 'full'}"
 
 
 def _timed(on: Ground, plan: Plan, shape: tuple[int, ...], causal: bool) -> dict[str, Any]:
     """Time every subject that takes a shape."""
     arrays = drawn(on, "float32", *[shape] * 3)
-    times, told = race(on, plan, _subjects(on, arrays, causal))
     flops = products(shape, causal)
-    golden = _golden(on, arrays, causal)
-    rows = {
-        f"{s.name} {s.dtype}": row_of(seconds, flops) | _error(on, s, golden)
-        for s, seconds in times.items()
-    }
-    return {"shape": shape, "causal": causal, **told, "subjects": rows}
+    subjects = itertools.chain(subjects_of(on, arrays, causal), _products(arrays, flops))
+    times, told = race(on, plan, subjects)
+    return {"shape": shape, "causal": causal, **told, "subjects": rows_of(times, flops)}
 
 
 def products(shape: tuple[int, ...], causal: bool) -> float:
@@ -121,7 +134,7 @@ def race(
         times: seconds of a call in each turn, of each subject that ran.
         told: turns, clocks before and after, and why the other subjects did not run.
     """
-    subjects, refused = _able(candidates)
+    subjects, refused = able(candidates)
     calls, rounds = _turns(on, plan, subjects)
     before = clocks()
     times: dict[Subject, list[float]] = {subject: [] for subject in subjects}
@@ -131,7 +144,17 @@ def race(
     return times, {"rounds": rounds, "clocks": [before, clocks()], "refused": refused}
 
 
-def row_of(times: list[float], flops: float) -> dict[str, float]:
+def rows_of(times: dict[Subject, list[float]], flops: float) -> dict[str, dict[str, float]]:
+    """Return the row of each subject, by its name and format.
+
+    Args:
+        times: of `race`.
+        flops: of the problem.
+    """
+    return {f"{s.name} {s.dtype}": _row(seconds, s.flops or flops) for s, seconds in times.items()}
+
+
+def _row(times: list[float], flops: float) -> dict[str, float]:
     """Return the median and the spread of some times, and the rate that they are."""
     ordered = sorted(times)
     median = statistics.median(ordered)
@@ -149,7 +172,7 @@ def _turns(on: Ground, plan: Plan, subjects: list[Subject]) -> tuple[dict[Subjec
     return calls, min(most, max(fewest, int(plan.budget / max(whole, 1e-9))))
 
 
-def _able(subjects: Iterator[Subject]) -> tuple[list[Subject], dict[str, str]]:
+def able(subjects: Iterator[Subject]) -> tuple[list[Subject], dict[str, str]]:
     """Call each subject twice; return those that ran, and why the others did not."""
     able, refused = [], {}
     for subject in subjects:
@@ -163,11 +186,18 @@ def _able(subjects: Iterator[Subject]) -> tuple[list[Subject], dict[str, str]]:
     return able, refused
 
 
-def _subjects(on: Ground, arrays: list[Any], causal: bool) -> Iterator[Subject]:
+def subjects_of(on: Ground, arrays: list[Any], causal: bool) -> Iterator[Subject]:
+    """Yield what computes attention: ours, standard attention's and torch's.
+
+    Args:
+        on: the ground.
+        arrays: Q, K and V, float32, on the ground's memory.
+        causal: whether a query sees the keys up to its own position only.
+    """
     query, key, value = arrays
     if not machine.absent():
-        halves = [array.astype("float16") for array in arrays]
-        for dtype, operands in (("float16", halves), ("float32", arrays)):
+        for dtype in (*HALVES, "float32"):
+            operands = [array.astype(numpy_dtype(dtype)) for array in arrays]
 
             def fast(operands: list[Any] = operands) -> Any:
                 return cuda.attention(*operands, causal=causal).output
@@ -179,8 +209,7 @@ def _subjects(on: Ground, arrays: list[Any], causal: bool) -> Iterator[Subject]:
             return numba_cuda.attention(query, key, value, form=form, causal=causal).output
 
         yield Subject(f"refattn {form}", "float32", ours)
-    matrices = 3 * math.prod(query.shape[:3]) * key.shape[2] * query.itemsize
-    if matrices <= STANDARD_BYTES:
+    if _fits(arrays):
         yield Subject(
             f"{on.xp.__name__} standard",
             "float32",
@@ -189,7 +218,18 @@ def _subjects(on: Ground, arrays: list[Any], causal: bool) -> Iterator[Subject]:
     yield from _torch(arrays, causal)
 
 
+def _fits(arrays: list[Any]) -> bool:
+    """Return whether the matrices of standard attention in float32 fit the memory."""
+    query, key, _ = arrays
+    numbers = int(math.prod(query.shape[:3])) * int(key.shape[2])
+    return 3 * numbers * int(query.itemsize) <= STANDARD_BYTES
+
+
 def _torch(arrays: list[Any], causal: bool) -> Iterator[Subject]:
+    """Yield torch's ways to compute attention, and standard attention as one writes it there.
+
+    math is no such thing in 16 bits: it computes in float32.
+    """
     with contextlib.suppress(ImportError):
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -197,7 +237,7 @@ def _torch(arrays: list[Any], causal: bool) -> Iterator[Subject]:
         torch.backends.cuda.matmul.allow_tf32 = False
         attend = torch.nn.functional.scaled_dot_product_attention
         tensors = [torch.from_dlpack(array) for array in arrays]
-        for dtype in ("float32", "float16"):
+        for dtype in ("float32", *HALVES):
             cast = [tensor.to(getattr(torch, dtype)) for tensor in tensors]
             for name, word in SDPA.items():
 
@@ -206,24 +246,27 @@ def _torch(arrays: list[Any], causal: bool) -> Iterator[Subject]:
                         return attend(*cast, is_causal=causal)
 
                 yield Subject(f"torch {name}", dtype, theirs)
+            if dtype in HALVES and _fits(arrays):
+                yield Subject("torch standard", dtype, partial(_standard, torch, cast, causal))
 
 
-def _golden(on: Ground, arrays: list[Any], causal: bool) -> Any:
-    """Return the first head's output in float64, or None where the problem is long."""
-    if arrays[0].shape[2] > GOLDEN:
-        return None
-    query, key, value = (array[:1, :1].astype("float64") for array in arrays)
-    return on.asnumpy(standard_attention(on.xp, query, key, value, causal))[0, 0]
+def _standard(torch: Any, operands: list[Any], causal: bool) -> Any:
+    """Return standard attention by torch's operations, in the format of the operands."""
+    query, key, value = operands
+    S = query @ key.mT * query.shape[-1] ** -0.5
+    if causal:
+        ahead = torch.ones(S.shape[-2:], dtype=torch.bool, device=S.device).triu(1)
+        S.masked_fill_(ahead, -math.inf)
+    return torch.softmax(S, -1) @ value
 
 
-def _error(on: Ground, subject: Subject, golden: Any) -> dict[str, float]:
-    """Return the largest and the root mean square error of a subject's first head."""
-    if golden is None:
-        return {}
-    head = subject.call()[0, 0]
-    plain = head.float().cpu().numpy() if hasattr(head, "cpu") else on.asnumpy(head)
-    difference = np.abs(plain.astype(np.float64) - golden)
-    return {
-        "max_error": float(difference.max()),
-        "rms_error": float(np.sqrt((difference**2).mean())),
-    }
+def _products(arrays: list[Any], flops: float) -> Iterator[Subject]:
+    """Yield a product of square matrices in each format of tensor cores, of about as many FLOP."""
+    with contextlib.suppress(ImportError):
+        import torch
+
+        n = max(1, round((flops / 2) ** (1 / 3) / 256)) * 256 if flops > 2 * 256**3 else 16
+        for dtype in HALVES:
+            device = torch.from_dlpack(arrays[0]).device
+            A, B = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
+            yield Subject("torch product", dtype, partial(torch.matmul, A, B), 2.0 * n**3)

@@ -95,6 +95,9 @@ DEVICE float widen(unsigned short number) {
 
 DEVICE unsigned bits_of(float x) { return __float_as_uint(x); }
 
+// A product that is rounded before anything is added to it.
+DEVICE float times(float x, float y) { return __fmul_rn(x, y); }
+
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
