@@ -20,7 +20,7 @@ from refattn.cpu.flags import ALL, NONE, census
 from refattn.cpu.gradients import add_d_bias, read_gradients
 from refattn.cpu.host import VECTORS
 from refattn.cpu.logits import adjust, bar_masked, bar_outside, drop, steps_ahead
-from refattn.cpu.online import add_weighted_columns, add_weighted_rows, finite_rows
+from refattn.cpu.online import add_weighted_columns, add_weighted_rows, finite_rows, take_off
 from refattn.cpu.plan import MORE, Plan, entry, head_read, head_reading, read_job, to_powers
 from refattn.cpu.products import ADD, ROW_STEP, multiply, up
 from refattn.cpu.simd import (
@@ -49,7 +49,7 @@ def scratch_size(plan: Plan, lanes: int) -> int:
     width, tile = VECTORS * lanes, plan.key_tile + ROW_STEP
     step = max(lanes, ROW_STEP)
     d_k, d_v = (-(-d // step) * step for d in (plan.d_k, plan.d_v))
-    panels = PANELS * (width * (3 * d_k + 2 * d_v + 3) + lanes)
+    panels = PANELS * (width * (3 * d_k + 2 * d_v + 4) + lanes)
     return panels + 4 * tile * width + tile * (d_k + d_v) + lanes * max(d_k, d_v)
 
 
@@ -198,6 +198,9 @@ def differentiate_tile(
         bar_outside(zero, plan, numbers, first, min(rows, n_q - i), j, n, n_k, S, vectors)
     if plan.keep.address != 0:
         drop(zero, plan, numbers, b, h, i, rows, j, n, dP, vectors, False)
+    if grads.far != 0:
+        for at in range(0, width, lanes):
+            take_off(S, at, n, width, load(queries.m, at))
     # lines 13 and 17
     factor = to_powers(plan, numbers)
     differentiate(zero, plan, numbers, S, dP, bend, n, queries, factor)

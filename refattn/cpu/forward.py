@@ -18,7 +18,7 @@ from refattn.cpu.host import VECTORS
 from refattn.cpu.logits import adjust, bar_masked, bar_outside, drop
 from refattn.cpu.online import add_weighted_rows, finite_rows, scale_panel, softmax_tile
 from refattn.cpu.panel import begin_panel, end_panel, leave_empty, panel_at
-from refattn.cpu.plan import Plan, head_read, read_job, to_powers
+from refattn.cpu.plan import MORE, TABLE, Plan, head_read, read_job, to_powers
 from refattn.cpu.products import ROW_STEP, SCALE, multiply, up
 from refattn.cpu.simd import (
     advance,
@@ -118,7 +118,7 @@ def divide(plan, scratch, d_v, width):
 
 
 @njit(error_model="numpy", inline="always")
-def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
+def attend_block(zero, plan, numbers, rules, b, h, block, scratch, far):
     """Attend from one block of queries, `plan.panels` panels, to all keys in reach.
 
     Spec: FA1-ALG1 lines 6-14, its loops exchanged: rows of Q outside, so that O is written once.
@@ -181,7 +181,7 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
         i = q0 + p * width
         rows = min(width, valid - i)
         panel = panel_at(zero, plan, panels, p, panel_size, S, added, rows)
-        end_panel(zero, plan, numbers, b, h, i, rows, sinks[h], panel)
+        end_panel(zero, plan, numbers, b, h, i, rows, sinks[h], panel, far)
 
 
 @kernel
@@ -191,9 +191,11 @@ def forward(zero, scratch, job):
     Args:
         zero: a number of the computing format.
         scratch: address of `scratch_size` numbers, of this thread alone.
-        job: address of a job, as `plan` describes it, shared by the threads.
+        job: address of a job, as `plan` describes it, shared by the threads. What it has more:
+            where `panel.leave_far` writes, or nothing.
     """
     plan, numbers, rules = read_job(zero, job)
+    far = pointer(job, types.int64(0))[TABLE + MORE]
     size = plan.panels * VECTORS * lane_count(zero)
     blocks, pairs = (plan.n_q + size - 1) // size, plan.batch * plan.heads
     room, claimed = pointer(scratch, zero), pointer(job, types.int64(0))
@@ -203,6 +205,6 @@ def forward(zero, scratch, job):
         # the last blocks first: under a causal mask they are the longest
         block, pair = blocks - 1 - t // pairs, t % pairs
         b, h = pair // plan.heads, pair % plan.heads
-        attend_block(zero, plan, numbers, rules, b, h, block, room)
+        attend_block(zero, plan, numbers, rules, b, h, block, room, far)
         t = claim(claimed)
     set_control_word(word)
