@@ -84,8 +84,8 @@ def attention_backward(
 
 def _far(job: Job, threads: int) -> NDArray | None:
     """Return what `panel.leave_far` writes, (2, rows), if the logsumexp of some row is extreme."""
-    size = np.abs(job.logsumexp)
-    if not ((size * LOG2_E > EXTREME[job.dtype.itemsize]) & (size < np.inf)).any():
+    size, limit = np.abs(job.logsumexp), EXTREME[job.dtype.itemsize] / LOG2_E
+    if size.max(initial=0) <= limit or not ((size > limit) & (size < np.inf)).any():
         return None
     far = np.zeros((2, size.size), job.dtype)
     run_tiles(job, threads, far)

@@ -19,7 +19,7 @@ from refattn.cpu.elementary import exp2, smallest
 from refattn.cpu.flags import ALL, NONE, census
 from refattn.cpu.gradients import add_d_bias, read_gradients
 from refattn.cpu.host import VECTORS
-from refattn.cpu.logits import adjust, bar_masked, bar_outside, drop, steps_ahead
+from refattn.cpu.logits import adjust, bar_late, bar_masked, bar_outside, drop, steps_ahead
 from refattn.cpu.online import add_weighted_columns, add_weighted_rows, finite_rows, take_off
 from refattn.cpu.plan import MORE, Plan, entry, head_read, head_reading, read_job, to_powers
 from refattn.cpu.products import ADD, ROW_STEP, multiply, up
@@ -195,7 +195,8 @@ def differentiate_tile(
     if seen != ALL:
         bar_masked(zero, plan, numbers, b, h, i, rows, j, n, S, width)
     if not inside:
-        bar_outside(zero, plan, numbers, first, min(rows, n_q - i), j, n, n_k, S, vectors)
+        bar_outside(zero, plan, numbers, first, rows, j, n, n_k, S, vectors)
+    bar_late(numbers, i, rows, n_q, n, S, width)
     if plan.keep.address != 0:
         drop(zero, plan, numbers, b, h, i, rows, j, n, dP, vectors, False)
     if grads.far != 0:
@@ -285,7 +286,7 @@ def differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, s
             lo, hi, all_lo, all_hi = reach(plan, i + offset, rows, n_k)
             if rows > 0 and (plan.reads or (j < hi and j + n > lo)):
                 queries = queries_at(zero, plan, panels, p, rows)
-                inside = j >= all_lo and j + n <= all_hi and i + rows <= n_q
+                inside = j >= all_lo and j + n <= all_hi
                 differentiate_tile(
                     zero, plan, numbers, grads, rules.slopes[h], b, h, i, rows, i + offset, n_q,
                     n_k, tiles, split, j, n, inside, queries,

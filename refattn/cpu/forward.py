@@ -15,7 +15,7 @@ from refattn.cpu.compiling import kernel
 from refattn.cpu.copying import fetch_rows, rows_of
 from refattn.cpu.flags import ALL, NONE, census
 from refattn.cpu.host import VECTORS
-from refattn.cpu.logits import adjust, bar_masked, bar_outside, drop
+from refattn.cpu.logits import adjust, bar_late, bar_masked, bar_outside, drop
 from refattn.cpu.online import add_weighted_rows, finite_rows, scale_panel, softmax_tile
 from refattn.cpu.panel import begin_panel, end_panel, leave_empty, panel_at
 from refattn.cpu.plan import MORE, TABLE, Plan, head_read, read_job, to_powers
@@ -86,7 +86,8 @@ def attend_tile(
     if seen != ALL:
         bar_masked(zero, plan, numbers, b, h, i, rows, j, n, S, width)
     if not inside:
-        bar_outside(zero, plan, numbers, first, min(rows, n_q - i), j, n, n_k, S, vectors)
+        bar_outside(zero, plan, numbers, first, rows, j, n, n_k, S, vectors)
+    bar_late(numbers, i, rows, n_q, n, S, width)
     # lines 10-11
     softmax_tile(zero, numbers, S, n, panel, to_powers(plan, numbers))
     # line 12, the division by l left to the end
@@ -172,7 +173,7 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch, far):
                 y, stop_y = ahead * p // count, ahead * (p + 1) // count
                 fetch_rows(zero, plan.storage, plan.key, b, g, j + n + y, stop_y - y, plan.d_k)
                 fetch_rows(zero, plan.storage, plan.value, b, g, j + n + y, stop_y - y, plan.d_v)
-                inside = start >= all_lo and stop <= all_hi and i + rows <= n_q
+                inside = start >= all_lo and stop <= all_hi
                 attend_tile(
                     zero, plan, numbers, slopes[h], b, h, i, rows, i + offset, n_q, n_k,
                     K_p, k_row, V_p, v_row, start, stop - start, inside, finite, panel,

@@ -191,6 +191,17 @@ def bar_masked(zero, plan, numbers, b, h, i, rows, j, n, S, width):
         fill(-numbers.infinity, advance(S, rows), width, n, width - rows)
 
 
+@njit(error_model="numpy", inline="always")
+def bar_late(numbers, i, rows, n_q, n, S, width):
+    """Write -∞ into the rows at and beyond the query length, which are there if all cells are read.
+
+    Spec: OWN-LENGTH1, OWN-POISON1.
+    """
+    if i + rows > n_q:
+        late = max(n_q - i, 0)
+        fill(-numbers.infinity, advance(S, late), width, n, width - late)
+
+
 @njit(error_model="numpy")
 def read_all(zero, n, S, read, vectors):
     """Make a row's `read` NaN where a logit is NaN or ∞, though its cell be forbidden.
