@@ -1,7 +1,7 @@
 """The logits of a tile beside the plain product: scale, softcap, ALiBi, bias, masks, dropout.
 
-A tile is held transposed, S[key][query]; a forbidden cell becomes -∞ whatever it held. A limit: an
-allowed pair whose logit is -∞ (of an infinite query or key) is taken for a forbidden one after that.
+A tile is held transposed, S[key][query]; a forbidden cell becomes -∞ whatever it held. A limit:
+an allowed pair whose logit is -∞, of an infinite query or key, is then taken for a forbidden one.
 """
 
 from __future__ import annotations
