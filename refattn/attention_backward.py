@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple, Unpack
 
 import numpy as np
@@ -76,8 +77,11 @@ def attention_backward(
     dV = multiply_readable(problem, dropped, dO, over="query")
     dS, D_minus_dL = _softmax_backward(problem, P, dO, d_logsumexp)
     dX, d_added = _logits_backward(problem, dS)
-    dQ = multiply_readable(problem, dX, problem.K) * problem.scale
-    dK = multiply_readable(problem, dX, problem.Q, over="query") * problem.scale
+    through = problem
+    if problem.options["empty_row"] == "uniform":  # by policy: its logits were not looked at
+        through = replace(problem, readable=problem.allowed)
+    dQ = multiply_readable(through, dX, problem.K) * problem.scale
+    dK = multiply_readable(through, dX, problem.Q, over="query") * problem.scale
     d_slopes = d_sinks = d_bias = None
     if problem.bias is not None:
         d_bias = narrow(sum_to(d_added, problem.bias.shape, xp), query)
@@ -121,7 +125,7 @@ def check_cotangents(
 def _softmax_backward(
     problem: Problem, P: Array, dO: Array, d_logsumexp: Array | None
 ) -> tuple[Array, Array]:
-    """Return dS and D - dL; where P was a constant, an empty row, dS is zero."""
+    """Return dS and D - dL."""
     xp, options = problem.xp, problem.options
     dP = xp.matmul(dO, xp.matrix_transpose(problem.V))
     dP = select_readable(problem, dP)
@@ -130,10 +134,19 @@ def _softmax_backward(
     if d_logsumexp is not None:
         D = D - widen(d_logsumexp)
     dS = select_readable(problem, P * (dP - D[..., None]))
-    if options["empty_row"] != "nan" and problem.sinks is None:
-        empty = ~xp.any(problem.allowed, axis=-1, keepdims=True)
-        dS = xp.where(empty, xp.zeros_like(dS), dS)
-    return dS, D
+    return _stop_at_constants(problem, dS), D
+
+
+def _stop_at_constants(problem: Problem, cells: Array) -> Array:
+    """Return gradients of logits with 0 where P was a constant, in empty rows.
+
+    Spec: OWN-EMPTY1, OWN-POISON1.
+    """
+    xp = problem.xp
+    if problem.options["empty_row"] == "nan" or problem.sinks is not None:
+        return cells
+    empty = ~xp.any(problem.allowed, axis=-1, keepdims=True)
+    return xp.where(empty, xp.zeros_like(cells), cells)
 
 
 def _logits_backward(problem: Problem, dS: Array) -> tuple[Array, Array]:
@@ -148,8 +161,7 @@ def _logits_backward(problem: Problem, dS: Array) -> tuple[Array, Array]:
         X = X + added
     # forward was S = c·tanh(X/c), so now dX = dS (1 - tanh²(X/c))
     slope = 1.0 - xp.tanh(X / c) ** 2
-    dX = dS * slope
-    dX = select_readable(problem, dX)
+    dX = _stop_at_constants(problem, select_readable(problem, dS * slope))
     return dX, (dX if after else dS)
 
 

@@ -264,6 +264,28 @@ def test_added_masking_lets_nan_through():
     assert np.isnan(attention(query, key, value, mask=mask, masked="add").output).all()
 
 
+@pytest.mark.clause("OWN-POISON1", "OWN-EMPTY1")
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_an_empty_row_reads_every_value_where_masking_adds(poison):
+    query, key, value = _problem()
+    value[..., 4, 1] = poison
+    forbidden = {"mask": np.arange(N_Q)[:, None] != 2}
+    for policy, select, add in (
+        ("zero", 0.0, math.nan),
+        ("uniform", poison, poison),
+        ("nan", math.nan, math.nan),
+    ):
+        for masked, expected in (("select", select), ("add", add)):
+            row = attention(query, key, value, **forbidden, masked=masked, empty_row=policy)
+            np.testing.assert_array_equal(row.output[..., 2, 1], expected, (policy, masked))
+            if policy != "nan":
+                assert np.isfinite(row.output[..., 2, 0]).all()
+    key[..., 4, 1] = math.nan  # it changes the logits, and an empty row has its weights by policy
+    row = attention(query, key, np.ones_like(value), **forbidden, masked="add")
+    assert not row.output[..., 2, :].any()
+    assert np.isneginf(row.logsumexp[..., 2]).all()
+
+
 @pytest.mark.clause("OWN-POISON1", "OWN-BIAS1")
 def test_on_finite_inputs_both_maskings_are_equal():
     query, key, value = _problem()

@@ -188,6 +188,27 @@ def test_an_empty_row_has_no_gradient_even_where_masking_adds():
     assert not g.d_query[0, 0, 1].any()
 
 
+@pytest.mark.clause("OWN-EMPTY1", "OWN-POISON1")
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_zeros_of_an_empty_row_meet_what_it_reads_in_the_backward_pass(softcap):
+    rng = np.random.default_rng(4)
+    mask = np.asarray([[True] * 4 + [False], [False] * 5])
+    reads = {("select", "zero"): "", ("select", "uniform"): "d_output"}
+    reads |= {("add", policy): "query key d_output" for policy in ("zero", "uniform")}
+    for (masked, policy), names in reads.items():
+        for name, gradient in (("query", 1), ("key", 0), ("d_output", 2)):
+            arrays = {n: rng.normal(size=(1, 1, 5, 3)) for n in ("key", "value")}
+            arrays |= {n: rng.normal(size=(1, 1, 2, 3)) for n in ("query", "d_output")}
+            arrays[name][0, 0, 4 if name == "key" else 1, 2] = math.nan
+            found = attention_backward(
+                **arrays, mask=mask, masked=masked, empty_row=policy, softcap=softcap
+            )[gradient][0, 0]
+            rows = found[1:] if name == "key" else found
+            expected = np.zeros(rows.shape, bool)
+            expected[:, 2] = name in names
+            assert np.array_equal(np.isnan(rows), expected), (masked, policy, name)
+
+
 @pytest.mark.clause("OWN-GQA1", "OWN-BACKWARD1")
 def test_a_shared_head_receives_the_sum_over_its_group():
     arrays, cotangents, _ = _inputs(7)

@@ -129,6 +129,27 @@ def test_an_added_mask_lets_nan_through():
         assert np.isnan(output[:, :, 3, 0]).all() and np.isfinite(output[..., 1:]).all()
 
 
+@pytest.mark.clause("OWN-POISON1", "OWN-EMPTY1")
+@pytest.mark.parametrize("name", ["query", "key", "value", "d_output"])
+@pytest.mark.parametrize("policy", ["zero", "uniform"])
+def test_engines_agree_on_what_an_empty_row_reads(name, policy):
+    mask = np.ones((1, 1, 5, 7), dtype=bool)
+    mask[..., 3, :] = False
+    row = {"query": 3, "d_output": 3, "key": 6, "value": 6}[name]
+    inputs = attention_inputs(mask=mask)
+    inputs[name][:, :, row, 1] = np.nan
+    felt = {"query": "d_key", "key": "d_query", "value": "output", "d_output": "d_value"}[name]
+    read = {"zero": (), "uniform": ("value", "d_output")}[policy]  # under select
+    for masked, names in (("select", read), ("add", ("query", "key", "value", "d_output"))):
+        conventions = {"masked": masked, "empty_row": policy}
+        done = certify("attention", inputs, {}, conventions)
+        recertify("attention", inputs, {}, conventions, done.outputs)
+        x = done.outputs[felt]
+        x = x[:, :, 3] if felt in ("output", "d_query") else x
+        assert np.isnan(x[..., 1]).all() == np.isnan(x).any() == (name in names)
+        assert np.isfinite(x[..., 0]).all()
+
+
 def test_an_infinite_operand_that_is_read_is_refused():
     inputs = attention_inputs()
     inputs["value"][0, 0, 0, 0] = np.inf

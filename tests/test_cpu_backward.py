@@ -114,6 +114,50 @@ def test_what_is_forbidden_is_never_read(poison):
             assert np.abs(a - b).max() < 1e-5, name  # a row of poison is summed by another loop
 
 
+@pytest.mark.clause("OWN-BACKWARD1", "FA1-ALG4", "OWN-SINK1")
+@pytest.mark.parametrize("power", [10, 15, 22])
+@pytest.mark.parametrize("sinks", [None, [3.0, -np.inf]])
+@pytest.mark.parametrize("n_q", [1, 71])
+def test_weights_are_found_again_at_logits_far_beyond_the_precision_of_the_logsumexp(
+    n_q, sinks, power
+):
+    # whole multiples of a large number: products and sums are exact in float32, and some are equal
+    whole = np.random.default_rng(n_q).integers
+    query, key = (
+        whole(-3, 4, (1, 2, n, 4)).astype(np.float32) * np.float32(2.0**power) for n in (n_q, 61)
+    )
+    value, d_output = drawn(1, 2, 61, 3), drawn(1, 2, n_q, 3)
+    given = {"scale": 0.3, "query_lengths": np.array([n_q - n_q // 9])}
+    given |= {} if sinks is None else {"sinks": np.float32(sinks)}
+    found = cpu.attention_backward(d_output, query, key, value, **given)
+    wide = [array.astype(np.float64) for array in (d_output, query, key, value)]
+    given |= {} if sinks is None else {"sinks": np.float64(sinks)}
+    exact = refattn.attention_backward(*wide, **given)
+    for a, b in zip(found[:3], exact[:3], strict=True):
+        assert np.abs(a - b).max() <= 3e-6 * max(1, np.abs(b).max())
+
+
+@pytest.mark.clause("OWN-POISON1", "OWN-BACKWARD1")
+@pytest.mark.parametrize("name", ["query", "key", "d_output"])
+def test_a_query_that_is_not_a_number_does_not_reach_the_keys_it_may_not_see(name):
+    ways = {
+        "causal": ({"causal": True}, slice(71, 131)),
+        "mask": ({"mask": np.arange(131) % 7 > 0}, slice(0, 131, 7)),
+        "bias": ({"bias": np.where(np.arange(131) < 61, 0, -np.inf)}, slice(61, 131)),
+        "lengths": ({"key_lengths": np.array([61, 131])}, slice(61, 131)),  # in no whole step
+    }
+    for case, (options, unseen) in ways.items():
+        arrays = dict(zip(("query", "key", "value", "d_output"), problem(), strict=True))
+        options = {n: x.astype(np.float32) if n == "bias" else x for n, x in options.items()}
+        rest = {"query_lengths": np.array([71, 71])} | options  # row 70 is the last of them
+        arrays[name][0, :, 1 if name == "key" else 70, 3] = np.nan
+        g = cpu.attention_backward(arrays.pop("d_output"), **arrays, **rest)
+        for gradient in (g.d_key[0], g.d_value[0]):
+            assert not gradient[:, unseen].any(), case
+        touched = g.d_value if name == "d_output" else g.d_key
+        assert np.isnan(touched[0, :, 1, 3]).all(), case
+
+
 def test_bad_cotangents_are_refused_as_by_the_reference():
     query, key, value, d_output = problem()
     with pytest.raises(ShapeError, match="d_output has 24=23"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tracemalloc
 
 import ml_dtypes
@@ -210,7 +211,8 @@ def test_an_empty_row_reads_what_its_policy_says():
         assert np.array_equal(np.isneginf(found.logsumexp), empty), (policy, masked)
         rows = found.output[empty]
         if policy == "zero":
-            assert not rows.any()
+            assert np.isnan(rows[:, 2]).all() == (masked == "add")  # 0 · ∞
+            assert not np.nan_to_num(rows).any()
         elif policy == "nan":
             assert np.isnan(rows).all()
         else:
@@ -219,6 +221,49 @@ def test_an_empty_row_reads_what_its_policy_says():
     sinks = drawn(H)
     found = cpu.attention(query, key, value, **given, empty_row="nan", sinks=sinks)
     assert not found.output[empty].any()  # a row with a sink is not empty
+
+
+@pytest.mark.clause("OWN-EMPTY1", "OWN-POISON1", "OWN-BACKWARD1")
+@pytest.mark.parametrize("masked", ["select", "add"])
+@pytest.mark.parametrize("name", ["query", "key", "value", "d_output"])
+def test_what_is_not_a_number_goes_where_the_reference_lets_it_beside_empty_rows(name, masked):
+    *arrays, d_output = problem(n_q=37, n_k=61)
+    spoilt = d_output if name == "d_output" else arrays[("query", "key", "value").index(name)]
+    bias = np.where(np.arange(61) < 40, 0.5, -np.inf).astype(np.float32) * np.ones((37, 1))
+    bias = np.where(np.arange(37)[:, None] == 11, -np.inf, bias).astype(np.float32)
+    ways = [
+        {"query_lengths": np.array([9, 0]), "key_lengths": np.array([50, 61])},
+        {"query_lengths": np.array([9, 0]), "sinks": drawn(H)},
+        {"causal": True, "alignment": -12, "softcap": 3.0},
+        {"bias": bias, "softcap": 3.0, "softcap_order": "after_bias"},
+    ]
+    for row in (7, 11, 36):  # seen, empty, and beyond every length of the queries
+        before = spoilt[0, 1, row, 5]
+        spoilt[0, 1, row, 5] = np.nan
+        for options, policy in itertools.product(ways, ("zero", "nan", "uniform")):
+            given = {"masked": masked, "empty_row": policy, **options}
+            forward = (f(*arrays, **given) for f in (cpu.attention, refattn.attention))
+            back = (
+                f(d_output, *arrays, **given)
+                for f in (cpu.attention_backward, refattn.attention_backward)
+            )
+            for found, exact in (forward, back):
+                for a, b in zip(found, exact, strict=True):
+                    assert (a is None) == (b is None)
+                    assert a is None or np.array_equal(np.isnan(a), np.isnan(b)), (row, given)
+        spoilt[0, 1, row, 5] = before
+
+
+@pytest.mark.clause("OWN-EMPTY1", "OWN-POISON1", "OWN-BACKWARD1")
+def test_a_uniform_row_passes_an_infinite_gradient_on_to_every_value():
+    *arrays, d_output = problem(n_q=5, n_k=23)
+    d_output[0, 1, 3, 2] = np.inf
+    mask = np.arange(5)[:, None] != 3
+    for masked in ("select", "add"):
+        given = {"mask": mask, "empty_row": "uniform", "masked": masked}
+        d_value = cpu.attention_backward(d_output, *arrays, **given).d_value
+        assert np.isposinf(d_value[0, 1, :, 2]).all(), masked
+        assert np.isfinite(d_value).sum() == d_value.size - 23
 
 
 @pytest.mark.clause("OWN-BIAS1", "OWN-BACKWARD1")

@@ -253,9 +253,8 @@ def _mark_nan(problem: Problem, cells: dict[str, Cells]) -> dict[str, Cells]:
     by_kv = [np.flatnonzero(kv == k) for k in range(h_k)]
     where: dict[str, Array] = {"output": nan.output, "logsumexp": nan.logsumexp}
     if "d_query" in cells:
-        d_key = np.stack([nan.d_key[:, x].any(axis=1) for x in by_kv], axis=1)
-        where["d_query"] = nan.d_query[..., None]
-        where["d_key"] = d_key[..., None]
+        where["d_query"] = nan.d_query
+        where["d_key"] = np.stack([nan.d_key[:, x].any(axis=1) for x in by_kv], axis=1)
         where["d_value"] = np.stack([nan.d_value[:, x].any(axis=1) for x in by_kv], axis=1)
         where["d_slopes"] = np.asarray(nan.d_logits[..., :-1].any(axis=(0, 2, 3)))
         where["d_sinks"] = np.asarray(nan.d_logits[..., -1].any(axis=(0, 2)))

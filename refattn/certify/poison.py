@@ -1,9 +1,10 @@
 """Where NaN goes: an element is NaN if an operand that is NaN reaches it.
 
-Under `masked: select` a disallowed cell is never read. Under `masked: add` every cell of a row
-with a key is read: its logit gets -∞ added, and its value is multiplied by a weight of zero.
-Infinite operands are refused where they would be read, except an infinite value in a disallowed
-cell under `add`, which gives 0·∞ = NaN.
+Under `masked: select` a disallowed cell is never read. Under `masked: add` every cell is read: its
+logit gets -∞ added, and its value is multiplied by a weight of zero. An empty row has weights and
+gradients of its policy, whatever its logits, and these too meet all that is read.
+Infinite operands are refused where they would be read, except where only a zero meets them under
+`add`: 0·∞ = NaN.
 """
 
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ class Reach(NamedTuple):
     """bool (b, h, n_q, n_k + 1): gradients of logits; the last column is the sink."""
     d_query: Array
     d_key: Array
+    """bool (b, h, n_k, d_k), by query head as d_value."""
     d_value: Array
 
 
@@ -74,6 +76,17 @@ def _bad_rows(inputs: Mapping[str, Array], s: Setting, logit_read: Array) -> Arr
     return np.asarray(bad)
 
 
+def _met_by_zeros(inputs: Mapping[str, Array], s: Setting, dO_nan: Array) -> tuple[Array, ...]:
+    """Find what the zeros of empty rows make NaN under `add`, in d_query, d_key and d_value."""
+    zeros = s.empty[..., None] & (s.choice["masked"] == "add")
+    K_bad = ~np.isfinite(inputs["key"])[:, s.kv_head]
+    return (
+        zeros & K_bad.any(axis=2, keepdims=True),
+        (zeros & ~np.isfinite(inputs["query"])).any(axis=2, keepdims=True),
+        (zeros & dO_nan).any(axis=2, keepdims=True),
+    )
+
+
 def reach(inputs: Mapping[str, Array], s: Setting) -> Reach:
     """Find the elements of every output that a NaN reaches."""
     adds = s.choice["masked"] == "add"
@@ -95,11 +108,12 @@ def reach(inputs: Mapping[str, Array], s: Setting) -> Reach:
     dS = dS_row[..., None] & touched
     dV_source = (bad | by_policy)[..., None] | dO_nan
     d_value = np.einsum("bhij,bhic->bhjc", touched | uniform, dV_source)
+    met_d_query, met_d_key, met_d_value = _met_by_zeros(inputs, s, dO_nan)
     return Reach(
         (bad | by_policy)[..., None] | through_value,
         bad,
         np.concatenate([dS, dS_row[..., None]], axis=-1),
-        np.asarray(dS.any(axis=-1)),
-        dS.any(axis=2),
-        d_value,
+        dS.any(axis=-1)[..., None] | met_d_query,
+        dS.any(axis=2)[..., None] | met_d_key,
+        d_value | met_d_value,
     )

@@ -98,8 +98,13 @@ def run_forward(job: Job, threads: int) -> None:
     if decode.suits(job.plan):
         run_decode(job, threads)
         return
+    run_tiles(job, threads, None)
+
+
+def run_tiles(job: Job, threads: int, far: NDArray | None) -> None:
+    """Compute them by tiles, and what `panel.leave_far` says if there is room for it."""
     size = forward.scratch_size(job.plan, lanes(job.dtype.itemsize))
-    run(forward.forward, size, job, None, threads)
+    run(forward.forward, size, job, far, threads)
 
 
 def run_decode(job: Job, threads: int) -> None:
@@ -121,7 +126,7 @@ def run(
         kernel: of an attention.
         size: numbers of scratch a thread.
         job: of the attention.
-        more: integers that this kernel is told beside the plan.
+        more: what this kernel is told beside the plan, or writes beside its results.
         threads: at most.
         cost: of a multiplication, in those of a long attention.
     """
@@ -175,7 +180,8 @@ def describe(
     slopes, sinks = (_heads(options.get(name), h, dtype) for name in ("slopes", "sinks"))
     output = np.empty((b, h, n_q, d_v), dtype)
     left, right = _window(options)
-    reals = numbers(dtype, scale, softcap, options["keep_probability"])
+    empty = 1.0 / n_k if options["empty_row"] == "uniform" else 0.0
+    reals = numbers(dtype, scale, softcap, options["keep_probability"], empty)
     more, reads = (bias, slopes, softcap), options["masked"] == "add"
     plan = Plan(
         query=strided(q),

@@ -9,8 +9,9 @@ import numpy as np
 from refattn.attention import AttentionResult
 from refattn.attention_backward import AttentionGradients, check_cotangents
 from refattn.cpu import pool
-from refattn.cpu.attention import plan_job, run, run_forward
+from refattn.cpu.attention import plan_job, run, run_forward, run_tiles
 from refattn.cpu.backward import backward, scratch_size
+from refattn.cpu.elementary import EXTREME, LOG2_E
 from refattn.cpu.empty import add_gradients
 from refattn.cpu.forms import Job
 from refattn.cpu.gradients import Gradients
@@ -43,7 +44,8 @@ def attention_backward(
         dS = P ∘ (dP - D + dL),  D_i = Σ_x dO_ix O_ix
         dQ = scale · dX K,  dK = scale · dXᵀ Q,  dX = dS ∘ softcap′
 
-    The weights are computed again from the logsumexp, tile by tile.
+    The weights are computed again from the logsumexp, tile by tile. Where it is so far from 0 that
+    it says nothing of a weight, a forward pass finds m and ℓ.
 
     Args:
         d_output: dO, (..., h, n_q, d_v).
@@ -75,9 +77,19 @@ def attention_backward(
     else:
         job.output[...] = forward.output.reshape(job.output.shape)
         job.logsumexp[...] = forward.logsumexp.reshape(job.logsumexp.shape)
-    arrays = _run(job, d_output, d_logsumexp, options.get("bias"), count)
+    arrays = _run(job, d_output, d_logsumexp, options.get("bias"), count, _far(job, count))
     add_gradients(job, arrays, four_axes(np.asarray(d_output)), options)
     return _finish(job, arrays, query, key, value, options)
+
+
+def _far(job: Job, threads: int) -> NDArray | None:
+    """Return what `panel.leave_far` writes, (2, rows), if the logsumexp of some row is extreme."""
+    size, limit = np.abs(job.logsumexp), EXTREME[job.dtype.itemsize] / LOG2_E
+    if size.max(initial=0) <= limit or not ((size > limit) & (size < np.inf)).any():
+        return None
+    far = np.zeros((2, size.size), job.dtype)
+    run_tiles(job, threads, far)
+    return far
 
 
 def _run(
@@ -86,6 +98,7 @@ def _run(
     d_logsumexp: NDArray | None,
     bias: NDArray | None,
     threads: int,
+    far: NDArray | None,
 ) -> dict[str, NDArray]:
     """Run the kernel and return its arrays by name."""
     plan, dtype = job.plan, job.dtype
@@ -122,12 +135,14 @@ def _run(
         keys=keys,
         items=items,
         key_heads=key_heads,
+        far=0 if far is None else far.ctypes.data,
     )
     size = scratch_size(plan, lanes(dtype.itemsize))
     run(backward, size, job, np.array(flatten(grads)), threads)
     return arrays
 
 
+@np.errstate(all="ignore")
 def _finish(
     job: Job,
     arrays: dict[str, NDArray],

@@ -28,12 +28,14 @@ class Queries(NamedTuple):
     """dO, (w, d_v rounded up)."""
     L: Any
     """Logsumexp in powers of two, (w,); ∞ where a row is empty or missing: its weights are 0."""
+    m: Any
+    """What is taken off the logits first where they are extreme, (w,); L is then without it."""
     D: Any
     """Σ dO ∘ O - dL, (w,)."""
     d_slope: Any
     """Sums for ALiBi's slope, (w,)."""
     finite: Any
-    """One number: 1 if Q and dO are finite."""
+    """One number: 1 if Q and dO are finite and L is no NaN, so that a weight of 0 reads nothing."""
     vectors: Any
     """w in vectors."""
 
@@ -49,14 +51,16 @@ def queries_at(zero, plan, panels, p, rows):
     """Return a panel of a block."""
     lanes = lane_count(zero)
     w, d_k, d_v = VECTORS * lanes, padded(plan.d_k, lanes), padded(plan.d_v, lanes)
-    Q = advance(panels, p * (w * (3 * d_k + 2 * d_v + 3) + lanes))
+    Q = advance(panels, p * (w * (3 * d_k + 2 * d_v + 4) + lanes))
     G = advance(Q, d_k * w)
     dQ = advance(G, d_v * w)
     Q_rows = advance(dQ, d_k * w)
     G_rows = advance(Q_rows, d_k * w)
     L = advance(G_rows, d_v * w)
-    D, d_slope, finite = advance(L, w), advance(L, 2 * w), advance(L, 3 * w)
-    return Queries(Q, G, dQ, Q_rows, G_rows, L, D, d_slope, finite, (rows + lanes - 1) // lanes)
+    m, D = advance(L, w), advance(L, 2 * w)
+    d_slope, finite = advance(L, 3 * w), advance(L, 4 * w)
+    vectors = (rows + lanes - 1) // lanes
+    return Queries(Q, G, dQ, Q_rows, G_rows, L, m, D, d_slope, finite, vectors)
 
 
 @njit(error_model="numpy")
@@ -107,6 +111,7 @@ def begin_queries(zero, plan, numbers, grads, b, h, i, rows, queries, buffer):
     fill(zero, queries.d_query, w, d_k, w)
     fill(zero, queries.d_slope, w, 1, w)
     fill(zero, queries.D, w, 1, w)
+    fill(zero, queries.m, w, 1, w)
     fill(numbers.infinity, queries.L, w, 1, w)
     L, dots = pointer(plan.logsumexp, zero), pointer(grads.dots, zero)
     O = pointer(plan.output.address, zero)
@@ -118,6 +123,11 @@ def begin_queries(zero, plan, numbers, grads, b, h, i, rows, queries, buffer):
         dots[at] = queries.D[r] = D
         if L[at] != -numbers.infinity:
             queries.L[r] = L[at] * numbers.log2_e
+            if grads.far != 0:
+                far = advance(pointer(grads.far, zero), at)
+                queries.m[r], queries.L[r] = far[0], -far[plan.batch * plan.heads * plan.n_q]
+        if L[at] != L[at]:
+            queries.finite[0] = zero
 
 
 @njit(error_model="numpy")

@@ -19,8 +19,8 @@ from refattn.cpu.elementary import exp2, smallest
 from refattn.cpu.flags import ALL, NONE, census
 from refattn.cpu.gradients import add_d_bias, read_gradients
 from refattn.cpu.host import VECTORS
-from refattn.cpu.logits import adjust, bar_masked, bar_outside, drop, steps_ahead
-from refattn.cpu.online import add_weighted_columns, add_weighted_rows, finite_rows
+from refattn.cpu.logits import adjust, bar_late, bar_masked, bar_outside, drop, steps_ahead
+from refattn.cpu.online import add_weighted_columns, add_weighted_rows, finite_rows, take_off
 from refattn.cpu.plan import MORE, Plan, entry, head_read, head_reading, read_job, to_powers
 from refattn.cpu.products import ADD, ROW_STEP, multiply, up
 from refattn.cpu.simd import (
@@ -49,7 +49,7 @@ def scratch_size(plan: Plan, lanes: int) -> int:
     width, tile = VECTORS * lanes, plan.key_tile + ROW_STEP
     step = max(lanes, ROW_STEP)
     d_k, d_v = (-(-d // step) * step for d in (plan.d_k, plan.d_v))
-    panels = PANELS * (width * (3 * d_k + 2 * d_v + 3) + lanes)
+    panels = PANELS * (width * (3 * d_k + 2 * d_v + 4) + lanes)
     return panels + 4 * tile * width + tile * (d_k + d_v) + lanes * max(d_k, d_v)
 
 
@@ -72,6 +72,8 @@ def differentiate(zero, plan, numbers, S, dP, bend, n, queries, factor):
 
         P = 2^(factor · S - L);  dS = P ∘ (dP - D);  dX = dS ∘ softcap′
 
+    An empty row that is read has P by its policy, and dS = dX = 0.
+
     Args:
         zero: a number of the computing format.
         plan: of the attention.
@@ -85,14 +87,17 @@ def differentiate(zero, plan, numbers, S, dP, bend, n, queries, factor):
     """
     lanes, vectors = lane_count(zero), queries.vectors
     c, nothing, endless = splat(factor), splat(zero), splat(numbers.infinity)
-    reads = plan.reads != 0
+    reads, empty = plan.reads != 0, splat(numbers.empty)
+    odd, barred = queries.finite[0] == zero and not reads, splat(-numbers.infinity)
     for v in range(vectors):
         L, D = load(queries.L, v * lanes), load(queries.D, v * lanes)
         for y in range(n):
             at = (y * vectors + v) * lanes
             P = exp2(fma(load(S, at), c, sub(nothing, L)))
             if reads:
-                P = where_equal(L, endless, nothing, P)
+                P = where_equal(L, endless, empty, P)
+            if odd:  # -∞ - NaN is NaN, but what is forbidden has no weight
+                P = where_equal(load(S, at), barred, nothing, P)
             dS = where_read(reads, mul(P, sub(load(dP, at), D)), P, L, endless, nothing)
             store(S, at, P)
             dX = dS
@@ -137,6 +142,7 @@ def differentiate_tile(
     i,
     rows,
     first,
+    n_q,
     n_k,
     tiles,
     split,
@@ -160,6 +166,7 @@ def differentiate_tile(
         i: the panel's first query row.
         rows: of the panel.
         first: position of row i, tokens.
+        n_q: valid queries.
         n_k: valid keys.
         tiles: (K, its stride, V, its stride, dK, dV, S, dP, bend, added), by pointer.
         split: the range of keys.
@@ -189,17 +196,22 @@ def differentiate_tile(
         bar_masked(zero, plan, numbers, b, h, i, rows, j, n, S, width)
     if not inside:
         bar_outside(zero, plan, numbers, first, rows, j, n, n_k, S, vectors)
+    bar_late(numbers, i, rows, n_q, n, S, width)
     if plan.keep.address != 0:
         drop(zero, plan, numbers, b, h, i, rows, j, n, dP, vectors, False)
+    if grads.far != 0:
+        for at in range(0, width, lanes):
+            take_off(S, at, n, width, load(queries.m, at))
     # lines 13 and 17
     factor = to_powers(plan, numbers)
     differentiate(zero, plan, numbers, S, dP, bend, n, queries, factor)
     if terms:
         keep_added(zero, plan, grads, b, h, i, rows, first, split, j, n, bend, added, queries)
     whole = reads or (inside and seen == ALL and plan.bias.address == 0)
+    # a step of rows goes beyond the tile's last key, where a 0 may meet no NaN
+    by_cells = queries.finite[0] == zero and not (whole and (reads or n % ROW_STEP == 0))
     if plan.keep.address != 0:
-        marked = not whole and queries.finite[0] == zero
-        drop(zero, plan, numbers, b, h, i, rows, j, n, S, vectors, marked)
+        drop(zero, plan, numbers, b, h, i, rows, j, n, S, vectors, by_cells)
     # line 21
     if not whole and not finite_rows(zero, K, k_row, n, d_k):
         add_weighted_rows(zero, K, k_row, n, d_k, dP, queries.d_query, vectors)
@@ -210,7 +222,7 @@ def differentiate_tile(
         dQ = queries.d_query
         edge_values(zero, plan, K, k_row, first, rows, j, n, dP, vectors, d_k, dQ, ADD, dQ)
     # lines 16 and 22
-    if not whole and queries.finite[0] == zero:
+    if by_cells:
         add_weighted_columns(zero, numbers, dP, n, width, queries.Q_rows, padded(d_k, lanes), dK)
         add_weighted_columns(zero, numbers, S, n, width, queries.G_rows, padded(d_v, lanes), dV)
     elif inside or reads:
@@ -228,7 +240,8 @@ def differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, s
     lanes = lane_count(zero)
     width = VECTORS * lanes
     q0 = block * PANELS * width
-    valid = min(plan.n_q, q0 + PANELS * width, rules.query_lengths[b])
+    n_q, n_k = rules.query_lengths[b], rules.key_lengths[b]
+    valid = min(plan.n_q if plan.reads else n_q, q0 + PANELS * width)
     offset, tile = rules.offsets[b], plan.key_tile + ROW_STEP
     d_k, d_v = padded(plan.d_k, lanes), padded(plan.d_v, lanes)
     keys, values = scratch, advance(scratch, tile * d_k)
@@ -241,7 +254,6 @@ def differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, s
     buffer = advance(S, 4 * tile * width)
     panels = advance(buffer, lanes * max(d_k, d_v))
     begin = split * grads.keys
-    n_k = rules.key_lengths[b]
     end = max(begin, min(plan.n_k if plan.reads else n_k, (split + 1) * grads.keys))
     low, high = end, begin
     for p in range(PANELS):
@@ -276,8 +288,8 @@ def differentiate_block(zero, plan, numbers, rules, grads, b, h, split, block, s
                 queries = queries_at(zero, plan, panels, p, rows)
                 inside = j >= all_lo and j + n <= all_hi
                 differentiate_tile(
-                    zero, plan, numbers, grads, rules.slopes[h], b, h, i, rows, i + offset, n_k,
-                    tiles, split, j, n, inside, queries,
+                    zero, plan, numbers, grads, rules.slopes[h], b, h, i, rows, i + offset, n_q,
+                    n_k, tiles, split, j, n, inside, queries,
                 )  # fmt: skip
     for p in range(PANELS):
         i = q0 + p * width

@@ -76,6 +76,10 @@ def growth(typing: Any, f: Any) -> Any:
     return f(f), emit
 
 
+EXTREME = {4: 2.0**20, 8: 2.0**49}
+"""By bytes of a format: a power of two's exponent that is known to less than an eighth."""
+
+
 def _constant(sentence: str, single: float, double: float) -> Callable[..., Any]:
     """Return the intrinsic of a vector whose number depends on the format alone."""
 
@@ -97,7 +101,7 @@ twos = _constant("Return 2 in every lane.", 2.0, 2.0)
 two_log2_e = _constant("Return 2 log₂ e.", 2 * LOG2_E, 2 * LOG2_E)
 saturated = _constant("Return an exponent beyond which tanh is 1.", 60.0, 60.0)
 negative_saturated = _constant("Return the exponent below which tanh is -1.", -60.0, -60.0)
-extreme = _constant("Return a power of two that is known to less than an eighth.", 2.0**20, 2.0**49)
+extreme = _constant("Return an exponent known to less than an eighth.", *EXTREME.values())
 smallest = _constant("Return the smallest normal number.", 2.0**-126, 2.0**-1022)
 lowest_exponent = _constant("Return the exponent below which 2ˣ is 0.", -127.0, -1023.0)
 rounding_shift = _constant(

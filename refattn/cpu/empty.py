@@ -1,4 +1,4 @@
-"""Rows without an allowed key: the kernels leave them at zero, and a policy may ask for more.
+"""Rows without an allowed key: the kernels weigh them by zeros, and a policy may ask for more.
 
 They are found by their logsumexp, -∞, after the kernels; a call that asks for zeros, the default,
 pays nothing here.
@@ -54,17 +54,15 @@ def fill_rows(job: Job, value: NDArray, options: Any) -> None:
 
     Spec: OWN-EMPTY1, OWN-DROPOUT1.
 
-        o_i = 0, NaN, or Σ_j keep_ij v_j / (keep_probability · n_k)
+        o_i = NaN, or Σ_j keep_ij v_j / (keep_probability · n_k)
     """
     policy, plan = options.get("empty_row", "zero"), job.plan
-    if policy == "zero" and not plan.reads:
+    if policy == "zero":
         return
     output = job.output.reshape(plan.batch, plan.heads, plan.n_q, plan.d_v)
     for b, h, g, rows, kept in empty_rows(job, options):
-        if policy != "uniform":
-            spoilt = rows if kept is None else rows[kept.any(axis=1)]
-            output[b, h, rows] = 0
-            output[b, h, spoilt] = np.nan if policy == "nan" else 0
+        if policy == "nan":
+            output[b, h, rows if kept is None else rows[kept.any(axis=1)]] = np.nan
             continue
         V = four_axes(value)[b, g].astype(job.dtype)
         if kept is None:
@@ -88,7 +86,7 @@ def add_gradients(job: Job, arrays: dict[str, NDArray], d_output: NDArray, optio
         options: of the attention.
     """
     policy, plan = options.get("empty_row", "zero"), job.plan
-    if policy == "zero":
+    if policy == "zero" or (policy == "uniform" and plan.reads):  # the kernel has added all
         return
     factor = job.numbers.kept / job.dtype.type(plan.n_k)
     for b, h, g, rows, kept in empty_rows(job, options):

@@ -15,10 +15,10 @@ from refattn.cpu.compiling import kernel
 from refattn.cpu.copying import fetch_rows, rows_of
 from refattn.cpu.flags import ALL, NONE, census
 from refattn.cpu.host import VECTORS
-from refattn.cpu.logits import adjust, bar_masked, bar_outside, drop
+from refattn.cpu.logits import adjust, bar_late, bar_masked, bar_outside, drop
 from refattn.cpu.online import add_weighted_rows, finite_rows, scale_panel, softmax_tile
 from refattn.cpu.panel import begin_panel, end_panel, leave_empty, panel_at
-from refattn.cpu.plan import Plan, head_read, read_job, to_powers
+from refattn.cpu.plan import MORE, TABLE, Plan, head_read, read_job, to_powers
 from refattn.cpu.products import ROW_STEP, SCALE, multiply, up
 from refattn.cpu.simd import (
     advance,
@@ -39,8 +39,8 @@ def scratch_size(plan: Plan, lanes: int) -> int:
 
 @njit(error_model="numpy", inline="always")
 def attend_tile(
-    zero, plan, numbers, slope, b, h, i, rows, first, n_k, K, k_row, V, v_row, j, n, inside, finite,
-    panel,
+    zero, plan, numbers, slope, b, h, i, rows, first, n_q, n_k, K, k_row, V, v_row, j, n, inside,
+    finite, panel,
 ):  # fmt: skip
     """Attend from one panel of queries to one tile of keys.
 
@@ -56,6 +56,7 @@ def attend_tile(
         i: the panel's first query row.
         rows: of the panel.
         first: position of row i, tokens.
+        n_q: valid queries.
         n_k: valid keys.
         K: the tile's keys, by pointer.
         k_row: elements from one key to the next.
@@ -86,6 +87,7 @@ def attend_tile(
         bar_masked(zero, plan, numbers, b, h, i, rows, j, n, S, width)
     if not inside:
         bar_outside(zero, plan, numbers, first, rows, j, n, n_k, S, vectors)
+    bar_late(numbers, i, rows, n_q, n, S, width)
     # lines 10-11
     softmax_tile(zero, numbers, S, n, panel, to_powers(plan, numbers))
     # line 12, the division by l left to the end
@@ -117,7 +119,7 @@ def divide(plan, scratch, d_v, width):
 
 
 @njit(error_model="numpy", inline="always")
-def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
+def attend_block(zero, plan, numbers, rules, b, h, block, scratch, far):
     """Attend from one block of queries, `plan.panels` panels, to all keys in reach.
 
     Spec: FA1-ALG1 lines 6-14, its loops exchanged: rows of Q outside, so that O is written once.
@@ -126,9 +128,9 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
     width = VECTORS * lane_count(zero)
     q0 = block * plan.panels * width
     last = min(plan.n_q, q0 + plan.panels * width)
-    valid = max(q0, min(last, rules.query_lengths[b]))
+    n_q, n_k, offset = rules.query_lengths[b], rules.key_lengths[b], rules.offsets[b]
+    valid = last if plan.reads else max(q0, min(last, n_q))
     count = (valid - q0 + width - 1) // width
-    n_k, offset = rules.key_lengths[b], rules.offsets[b]
     leave_empty(zero, plan, numbers, b, h, valid, last, sinks[h])
     d_v = up(plan.d_v, ROW_STEP)
     keys, values, S, added, buffer, panels = divide(plan, scratch, d_v, width)
@@ -173,14 +175,14 @@ def attend_block(zero, plan, numbers, rules, b, h, block, scratch):
                 fetch_rows(zero, plan.storage, plan.value, b, g, j + n + y, stop_y - y, plan.d_v)
                 inside = start >= all_lo and stop <= all_hi
                 attend_tile(
-                    zero, plan, numbers, slopes[h], b, h, i, rows, i + offset, n_k,
+                    zero, plan, numbers, slopes[h], b, h, i, rows, i + offset, n_q, n_k,
                     K_p, k_row, V_p, v_row, start, stop - start, inside, finite, panel,
                 )  # fmt: skip
     for p in range(count):
         i = q0 + p * width
         rows = min(width, valid - i)
         panel = panel_at(zero, plan, panels, p, panel_size, S, added, rows)
-        end_panel(zero, plan, numbers, b, h, i, rows, sinks[h], panel)
+        end_panel(zero, plan, numbers, b, h, i, rows, sinks[h], panel, far)
 
 
 @kernel
@@ -190,9 +192,11 @@ def forward(zero, scratch, job):
     Args:
         zero: a number of the computing format.
         scratch: address of `scratch_size` numbers, of this thread alone.
-        job: address of a job, as `plan` describes it, shared by the threads.
+        job: address of a job, as `plan` describes it, shared by the threads. What it has more:
+            where `panel.leave_far` writes, or nothing.
     """
     plan, numbers, rules = read_job(zero, job)
+    far = pointer(job, types.int64(0))[TABLE + MORE]
     size = plan.panels * VECTORS * lane_count(zero)
     blocks, pairs = (plan.n_q + size - 1) // size, plan.batch * plan.heads
     room, claimed = pointer(scratch, zero), pointer(job, types.int64(0))
@@ -202,6 +206,6 @@ def forward(zero, scratch, job):
         # the last blocks first: under a causal mask they are the longest
         block, pair = blocks - 1 - t // pairs, t % pairs
         b, h = pair // plan.heads, pair % plan.heads
-        attend_block(zero, plan, numbers, rules, b, h, block, room)
+        attend_block(zero, plan, numbers, rules, b, h, block, room, far)
         t = claim(claimed)
     set_control_word(word)

@@ -47,6 +47,8 @@ class Gradients(NamedTuple):
     """Batch items that are worked on apart: all, or 1 where they add to the same bias."""
     key_heads: int
     """Likewise key-value heads."""
+    far: int
+    """Address of what `panel.leave_far` wrote, where the logsumexp is extreme, or 0."""
 
 
 @njit(error_model="numpy")
@@ -54,7 +56,7 @@ def read_gradients(i):
     """Return the gradients of `flatten(gradients)`."""
     return Gradients(
         tensor_at(i, 0), i[5], i[6], i[7], i[8], i[9], tensor_at(i, 10), i[15], i[16], i[17],
-        i[18], i[19], i[20],
+        i[18], i[19], i[20], i[21],
     )  # fmt: skip
 
 

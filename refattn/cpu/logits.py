@@ -1,6 +1,7 @@
 """The logits of a tile beside the plain product: scale, softcap, ALiBi, bias, masks, dropout.
 
-A tile is held transposed, S[key][query]; a forbidden cell becomes -∞ whatever it held.
+A tile is held transposed, S[key][query]; a forbidden cell becomes -∞ whatever it held. A limit:
+an allowed pair whose logit is -∞, of an infinite query or key, is then taken for a forbidden one.
 """
 
 from __future__ import annotations
@@ -189,6 +190,17 @@ def bar_masked(zero, plan, numbers, b, h, i, rows, j, n, S, width):
     put_where_false(zero, plan.mask, -numbers.infinity, b, h, i, rows, j, n, S, width)
     if rows < width:
         fill(-numbers.infinity, advance(S, rows), width, n, width - rows)
+
+
+@njit(error_model="numpy", inline="always")
+def bar_late(numbers, i, rows, n_q, n, S, width):
+    """Write -∞ into the rows at and beyond the query length, which are there if all cells are read.
+
+    Spec: OWN-LENGTH1, OWN-POISON1.
+    """
+    if i + rows > n_q:
+        late = max(n_q - i, 0)
+        fill(-numbers.infinity, advance(S, late), width, n, width - late)
 
 
 @njit(error_model="numpy")

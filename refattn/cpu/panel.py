@@ -90,10 +90,22 @@ def begin_panel(zero, plan, numbers, b, h, i, rows, panel, buffer):
 
 
 @njit(error_model="numpy")
-def end_panel(zero, plan, numbers, b, h, i, rows, sink, panel):
+def end_panel(zero, plan, numbers, b, h, i, rows, sink, panel, far):
     """Divide by the row sums and write output and logsumexp; an empty row is 0 and -∞.
 
     Spec: FA1-ALG1 lines 12-13, OWN-SINK1, OWN-LSE1, OWN-EMPTY1.
+
+    Args:
+        zero: a number of the computing format.
+        plan: of the attention.
+        numbers: of the attention.
+        b: batch item.
+        h: query head.
+        i: the panel's first query row.
+        rows: of the panel.
+        sink: of the head.
+        panel: of the queries.
+        far: address of what `leave_far` writes, or 0.
     """
     O, m, l, vectors = panel.O, panel.m, panel.l, panel.vectors
     lanes = lane_count(zero)
@@ -102,6 +114,7 @@ def end_panel(zero, plan, numbers, b, h, i, rows, sink, panel):
     sunk = plan.sinks != 0 and sink > -numbers.infinity
     for v in range(vectors):
         top, total = mul(load(m, v * lanes), c), load(l, v * lanes)
+        store(panel.alpha, v * lanes, load(m, v * lanes))
         weight = ones(total)
         if sunk:
             high = maximum(s, top)
@@ -110,7 +123,7 @@ def end_panel(zero, plan, numbers, b, h, i, rows, sink, panel):
             top = high
         store(m, v * lanes, top)
         store(l, v * lanes, total)
-        if plan.reads:  # but for an empty row, which reads nothing
+        if plan.reads:  # but for an empty row, whose weights are 0 whatever its logits
             total = where_equal(total, splat(zero), total, add(total, load(panel.read, v * lanes)))
             store(l, v * lanes, total)
         divisor = where_less(total, smallest(total), ones(total), total)
@@ -125,6 +138,30 @@ def end_panel(zero, plan, numbers, b, h, i, rows, sink, panel):
     for r in range(rows):
         at = (b * plan.heads + h) * plan.n_q + i + r
         L[at] = m[r] * 0.6931471805599453 + math.log(l[r])
+    if far != 0:
+        at = (b * plan.heads + h) * plan.n_q + i
+        leave_far(zero, plan, numbers, rows, panel, advance(pointer(far, zero), at))
+
+
+@njit(error_model="numpy")
+def leave_far(zero, plan, numbers, rows, panel, far):
+    """Write m and r of every row: P = 2^(c · (S - m) + r) also where L is too large to hold ln ℓ.
+
+    Args:
+        zero: a number of the computing format.
+        plan: of the attention.
+        numbers: of the attention.
+        rows: of the panel.
+        panel: of the queries, as `end_panel` leaves it, with m as it was in alpha.
+        far: two numbers of each row of the attention, all m first, by pointer to the first row's m.
+    """
+    c, every = to_powers(plan, numbers), plan.batch * plan.heads * plan.n_q
+    for r in range(rows):
+        m, behind = panel.alpha[r], panel.m[r]
+        if m == -numbers.infinity:  # no key: any weight of -∞ is 0
+            m = behind = zero
+        far[r] = m
+        far[every + r] = m * c - behind - math.log(panel.l[r]) * numbers.log2_e
 
 
 @njit(error_model="numpy")

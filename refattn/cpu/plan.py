@@ -106,6 +106,8 @@ class Numbers(NamedTuple):
     one: Any
     kept: Any
     """1 / keep probability: what a weight that is not dropped is multiplied by."""
+    empty: Any
+    """The weight in an empty row that is read with all others: 0, or 1/n_k."""
 
 
 class Rules(NamedTuple):
@@ -171,12 +173,14 @@ def strided(array: NDArray | None) -> Tensor:
     return Tensor(1, *strides)
 
 
-def numbers(dtype: Any, scale: float, softcap: float | None, keep_probability: float) -> Numbers:
+def numbers(
+    dtype: Any, scale: float, softcap: float | None, keep_probability: float, empty: float
+) -> Numbers:
     """Return the real numbers of an attention, each rounded once."""
     size, ln_2 = abs(scale), math.log(2.0)
     log2_e = 1.0 / ln_2
     kept = 1.0 / keep_probability
-    values = (size, softcap or 1.0, log2_e, size * log2_e, ln_2, math.inf, 1.0, kept)
+    values = (size, softcap or 1.0, log2_e, size * log2_e, ln_2, math.inf, 1.0, kept, empty)
     return Numbers(*map(np.dtype(dtype).type, values))
 
 
@@ -210,7 +214,7 @@ def read_plan(i):
 @njit(error_model="numpy")
 def read_numbers(x):
     """Return the numbers of an array of them."""
-    return Numbers(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7])
+    return Numbers(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8])
 
 
 @njit(error_model="numpy")

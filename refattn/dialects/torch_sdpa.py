@@ -70,6 +70,9 @@ DIALECT = Dialect(
         "scale or dropout_p not finite: torch gives NaN or zeros by the kernel; refused here.",
         "NaN in a key that causal attention forbids: torch's kernel by tiles does not read it; "
         "here every masked cell is read and sunk, as in the matrix form.",
+        "NaN beside a row whose keys are all masked: torch calls a row empty by its logits, so one "
+        "that reads NaN in query or key is NaN, and its gradients beside NaN in value too; here "
+        "its weights and the gradients of its logits are 0.",
         "strides: torch's kernel by tiles needs rows without gaps, so that their layout in memory "
         "decides whether a mask beside is_causal is refused; here arrays count as gapless.",
         "attn_mask that requires a gradient: torch then takes the matrix form and refuses "

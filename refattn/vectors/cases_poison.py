@@ -37,7 +37,7 @@ def core() -> list[CaseRecipe]:
                 flags=["Poison"],
             )
         )
-    return [*found, *unread(), *added()]
+    return [*found, *unread(), *added(), beside_empty_rows()]
 
 
 def unread() -> list[CaseRecipe]:
@@ -100,6 +100,25 @@ def unread() -> list[CaseRecipe]:
             )
         )
     return found
+
+
+def beside_empty_rows() -> CaseRecipe:
+    """Return poison that no query may see, beside empty rows, where minus infinity is added."""
+    seen = {"key_ranges": [[0, 9], [0, 6]], "empty_rows": [1, 3]}
+    return attention(
+        "attention-poison-added-empty",
+        "Masking by adding minus infinity: NaN passes in its own columns to empty rows too.",
+        b=2,
+        n_q=5,
+        n_k=9,
+        h=2,
+        d=8,
+        inputs={"mask": Draw("mask", (2, 1, 5, 9), seen)},
+        conventions={"masked": "add"},
+        options={"value": {"poison_rows": [[], [6, 8]], "poison": ["nan", "huge"]}},
+        clauses=["OWN-POISON1", "OWN-EMPTY1"],
+        flags=["Poison", "EmptyRow"],
+    )
 
 
 def added() -> list[CaseRecipe]:

@@ -223,6 +223,34 @@ def test_the_signature_is_torchs_own() -> None:
     assert ours[-1][0] == "keep"
 
 
+@pytest.mark.clause("OWN-EMPTY1", "OWN-POISON1")
+@pytest.mark.parametrize("math", [False, True])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_an_empty_row_reads_every_value_as_in_torch(poison: float, math: bool) -> None:
+    random = np.random.default_rng(3)
+    operands = [random.normal(size=(1, 1, n, 4)) for n in (3, 5, 5)]
+    mask = np.arange(3)[:, None] != np.ones(5)  # row 1 may see no key
+    operands[2][..., 2, 3] = poison
+    kernels = torch.nn.attention.SDPBackend
+    with torch.nn.attention.sdpa_kernel(kernels.MATH if math else kernels.FLASH_ATTENTION):
+        theirs = FUNCTION(*map(torch.from_numpy, operands), torch.from_numpy(mask)).numpy()
+    ours = scaled_dot_product_attention(*operands, mask)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+    assert np.isnan(ours[..., 1, 3]).all() and not ours[..., 1, :3].any()
+
+
+@pytest.mark.clause("OWN-EMPTY1", "OWN-POISON1")
+def test_a_nan_that_the_keys_of_an_empty_row_hold_is_a_named_exception() -> None:
+    random = np.random.default_rng(4)
+    operands = [random.normal(size=(1, 1, n, 4)) for n in (3, 5, 5)]
+    mask = np.arange(3)[:, None] != np.ones(5)
+    operands[1][..., 2, 3] = np.nan
+    theirs = FUNCTION(*map(torch.from_numpy, operands), torch.from_numpy(mask))
+    ours = scaled_dot_product_attention(*operands, mask)
+    assert torch.isnan(theirs).all() and not ours[..., 1, :].any()
+    assert any(text.startswith("NaN beside a row") for text in DIALECT.exceptions)
+
+
 def test_causal_attention_of_negative_scale_is_a_named_exception() -> None:
     random = np.random.default_rng(2)
     operands = [random.normal(size=(1, 1, 3, 4)) for _ in range(3)]

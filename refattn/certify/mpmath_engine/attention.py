@@ -186,11 +186,13 @@ def gradients(o: Options, f: Scores, dO: Matrix, V: Matrix, dL: Any, b: int, h: 
     """Compute the gradients of the logits of one head."""
     g = Gradients([], [], [])
     dP = matmul(dO, Matrix(V.n.T, V.e))
+    adds = o.c.get("masked", "select") == "add"
     for i in range(o.n_q):
         if f.state[i] != "live":
             zero = mp.nan if f.state[i] == "nan" else mpf(0)
-            g.d_logits.append(dict.fromkeys(f.read[i], zero))
-            g.d_scores.append(dict.fromkeys(f.read[i], zero))
+            read = f.read[i] if adds or f.state[i] == "nan" else []
+            g.d_logits.append(dict.fromkeys(read, zero))
+            g.d_scores.append(dict.fromkeys(read, zero))
             g.sink.append(zero)
             continue
         D = total([real(x, dO.e) * y for x, y in zip(dO.n[i], f.O[i], strict=True)])
