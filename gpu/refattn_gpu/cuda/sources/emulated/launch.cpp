@@ -22,5 +22,6 @@ extern "C" const char* run(const Job* job, const void* maps, const machine::Rang
   for (machine::block = 0; machine::block < blocks; machine::block++) {
     if (!machine::run_block(THREADS, SHARED_BYTES, backwards)) break;
   }
+  machine::stacks.reset();  // the library stays loaded
   return machine::fault;
 }

@@ -15,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace machine {
@@ -67,7 +68,7 @@ struct Range {
 };
 
 static std::vector<Fiber> fibers;
-static std::vector<char> stacks;
+static std::unique_ptr<char[]> stacks;  // one after another; memory that is never touched is never given
 static std::vector<unsigned char> memory;  // the block's shared memory
 static std::vector<Chunk> chunks;
 static std::vector<Range> ranges;  // what a kernel may read of the host's memory
@@ -232,7 +233,7 @@ static bool resume(unsigned thread) {
 static bool run_block(unsigned threads, unsigned bytes, bool backwards) {
   reversed = backwards;
   fibers.assign(threads, Fiber{});
-  stacks.resize((size_t)threads * STACK);
+  stacks.reset(new char[(size_t)threads * STACK]);
   memory.assign(bytes, POISON);
   chunks.assign(bytes / CHUNK, Chunk{-1, -1, -1, 0, false});
   barriers = 0;
