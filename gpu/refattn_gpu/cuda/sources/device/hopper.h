@@ -18,7 +18,8 @@ DEVICE void mbarrier_init(unsigned barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Before the others' and the copies' first use of what this thread initialised.
+// Before the others' and the copies' first use of what this thread initialised (as CUTLASS,
+// include/cutlass/arch/barrier.h, does).
 DEVICE void mbarrier_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
