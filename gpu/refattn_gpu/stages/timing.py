@@ -209,6 +209,11 @@ def subjects_of(on: Ground, arrays: list[Any], causal: bool) -> Iterator[Subject
                     return cuda.attention(*operands, causal=causal, kernel="forward").output
 
                 yield Subject("refattn cuda-cpp mma.sync", dtype, elsewhere)
+
+        def plain() -> Any:
+            return cuda.attention(query, key, value, kernel="ffma", causal=causal).output
+
+        yield Subject("refattn cuda-cpp ffma", "float32", plain)
     for form in FORMS:
 
         def ours(form: str = form) -> Any:

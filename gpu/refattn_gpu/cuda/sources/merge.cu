@@ -36,7 +36,7 @@ attention_merge(const __grid_constant__ Job job) {
   const float shift = shift_of(m, unit);
   float l = sunk ? ex2(times(sink, unit) - shift) : 0.0f;
   float O[FEATURES / 32] = {};
-#pragma unroll 1
+#pragma unroll 4  // so that the numbers of several parts are on their way at once
   for (int part = first; part < end; part++) {
     const float turn = ex2(times(read(states + 2 * part), unit) - shift);
     l += turn * read(states + 2 * part + 1);
