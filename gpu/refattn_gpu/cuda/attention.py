@@ -20,6 +20,7 @@ from refattn_gpu.cuda.catalogue import (
     Variant,
     forward_variants,
     has_variant,
+    most_features,
     variant_of,
 )
 from refattn_gpu.cuda.problem import Problem, address, problem_of
@@ -69,15 +70,25 @@ def attention(
     if kernel is not None:
         check_option("cuda.attention", "kernel", kernel, FORWARD)
         _check_device(kernel)
-    kernels = FORWARD if kernel is None else (kernel,)
-    problem = problem_of("cuda.attention", query, key, value, options, kernels)
+    candidates = FORWARD if kernel is None else (kernel,)
+    problem = problem_of("cuda.attention", query, key, value, options, candidates)
     run_forward(problem, kernel)
     return result_of(problem, query, value)
 
 
+def kernels(dtype: str) -> list[str]:
+    """Return the kernels of `FORWARD` that take a format and run here."""
+    return [name for name in FORWARD if most_features(dtype, (name,)) and _runs_here(name)]
+
+
+def _runs_here(kernel: str) -> bool:
+    """Return whether the device runs a kernel; the emulation is any device."""
+    return kernel not in HOPPER or bool(machine.absent_device()) or machine.is_hopper()
+
+
 def _check_device(kernel: str) -> None:
     """Refuse a kernel that the device cannot run."""
-    if kernel in HOPPER and not machine.absent_device() and not machine.is_hopper():
+    if not _runs_here(kernel):
         raise Unsupported(
             f"the device has compute capability {machine.capability()}, but kernel {kernel} needs "
             f"{machine.HOPPER_CAPABILITY} [cuda.attention]"

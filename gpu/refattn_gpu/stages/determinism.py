@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeAlias
 
 from refattn_gpu import cuda, numba_cuda
 from refattn_gpu.cuda import machine
+from refattn_gpu.cuda.attention import kernels
 from refattn_gpu.numba_cuda.attention import FORMS
 from refattn_gpu.stages.ground import Ground, Put, attempt, drawn
 
@@ -46,28 +48,17 @@ def _subjects() -> Iterator[tuple[str, str, Call]]:
     """Yield every pass, as it is named, in the format of its operands."""
     if not machine.absent():
         for dtype in ("float16", "bfloat16", "float32"):
-            yield f"forward cuda-cpp {dtype}", dtype, _fast
             yield f"backward cuda-cpp {dtype}", dtype, _fast_backward
-            if machine.is_hopper() and dtype != "float32":
-                yield f"forward cuda-cpp mma.sync {dtype}", dtype, _elsewhere
-        yield "forward cuda-cpp ffma float32", "float32", _ffma
+            for kernel in kernels(dtype):
+                yield f"forward cuda-cpp {kernel} {dtype}", dtype, partial(_fast, kernel)
     for dtype in ("float32", "float64"):
         for form in FORMS:
             for name, call in _passes(form).items():
                 yield f"{name} {form} {dtype}", dtype, call
 
 
-def _fast(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:
-    return tuple(cuda.attention(query, key, value, causal=True))
-
-
-def _ffma(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:
-    return tuple(cuda.attention(query, key, value, kernel="ffma", causal=True))
-
-
-def _elsewhere(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:
-    """Return attention by the kernel that a Hopper is not given unasked."""
-    return tuple(cuda.attention(query, key, value, causal=True, kernel="forward"))
+def _fast(kernel: str, query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:
+    return tuple(cuda.attention(query, key, value, kernel=kernel, causal=True))
 
 
 def _fast_backward(query: Any, key: Any, value: Any, d_output: Any) -> tuple[Any, ...]:

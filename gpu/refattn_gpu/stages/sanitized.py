@@ -7,6 +7,7 @@ import sys
 import numpy as np
 
 from refattn_gpu import cuda, numba_cuda
+from refattn_gpu.cuda.attention import kernels
 from refattn_gpu.stages.ground import drawn, ground
 
 SIZES = (37, 71, 24)
@@ -33,9 +34,8 @@ def main(form: str, simulated: bool) -> None:
             {"bias": bias, "key_lengths": lengths, "softcap": 9.0},
         ):
             if form == FAST:
-                cuda.attention(query, key, value, **options)
-                if dtype == "float32":
-                    cuda.attention(query, key, value, kernel="ffma", **options)
+                for kernel in kernels(dtype):
+                    cuda.attention(query, key, value, kernel=kernel, **options)
                 cuda.attention_backward(d_output, query, key, value, **options)
                 continue
             numba_cuda.attention(query, key, value, form=form, **options)
