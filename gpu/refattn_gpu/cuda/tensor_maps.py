@@ -2,8 +2,8 @@
 
 A device is given the driver's record, which only the driver can write; the emulation is given the
 description that it is written from, in as many bytes. What a map may hold is taken from the CUDA
-driver API, "Tensor Map Object Management": a base and strides at multiples of 16 bytes, strides below
-2^40 bytes, boxes of at most 256 along an axis and, permuted, 128 bytes wide.
+driver API, "Tensor Map Object Management": a base and strides at multiples of 16 bytes, strides
+below 2^40 bytes, boxes of at most 256 along an axis and, permuted, 128 bytes wide.
 """
 
 from __future__ import annotations
