@@ -8,7 +8,7 @@ import numpy as np
 
 from refattn.arrays import dtype_name
 from refattn.attention import AttentionResult
-from refattn.backends import Unsupported
+from refattn.backends import check_claimed
 from refattn.cpu import decode, forward, pool, tiling
 from refattn.cpu.copying import STORAGES
 from refattn.cpu.empty import fill_rows
@@ -40,8 +40,8 @@ from refattn.tiles import default_scale
 Arrays = tuple[NDArray | None, ...]
 """Query, key, value, mask, bias and keep."""
 
-CLAIMED = {"round_weights": (False,)}
-"""The values that the kernels support of options which the reference takes more of."""
+CLAIMED = {"round_weights": False}
+"""The one value that the kernels support of an option which the reference takes more of."""
 
 SMALL = 2**19
 """Multiplications that one thread more has to bring, if it is awake."""
@@ -169,7 +169,7 @@ def describe(
         Unsupported: what these kernels do not claim.
     """
     options, sizes, offset = check_arguments(function, query, key, value, given)
-    check_claimed(function, query, options)
+    check_claimed(function, "the CPU kernels", query, options, CLAIMED)
     q, k, v = (four_axes(array) for array in (query, key, value))
     b, h, n_q, d_k = q.shape
     n_k, d_v = sizes["n_k"], sizes["d_v"]
@@ -221,24 +221,6 @@ def describe(
     )
     shape = (*query.shape[:-1], d_v)
     return form_of(plan, reals, rules, dtype, shape), (q, k, v, mask, bias, kept)
-
-
-def check_claimed(function: str, query: NDArray, options: dict[str, Any]) -> None:
-    """Refuse what the reference takes and these kernels do not.
-
-    Raises:
-        Unsupported: an option, or the number of axes.
-    """
-    for name, claimed in CLAIMED.items():
-        if options[name] not in claimed:
-            raise Unsupported(
-                f"{name} is {options[name]!r}, but the CPU kernels support "
-                f"{', '.join(repr(c) for c in claimed)} [{function}]"
-            )
-    if query.ndim > 4:
-        raise Unsupported(
-            f"query has {query.ndim} axes, but the CPU kernels support at most 4 [{function}]"
-        )
 
 
 def _logits(array: NDArray | None, shape: tuple[int, ...]) -> NDArray | None:

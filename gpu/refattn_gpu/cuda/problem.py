@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from refattn import rules
 from refattn.arrays import Array, array_namespace, dtype_name
-from refattn.backends import Unsupported
+from refattn.backends import Unsupported, check_claimed
 from refattn.options import AttentionOptions, check_arguments
 from refattn.tiles import default_scale
 from refattn_gpu.cuda.catalogue import FORMATS, FORWARD, most_features
@@ -94,22 +94,12 @@ def _check_claimed(
 ) -> None:
     """Refuse what the reference takes and these kernels do not."""
     name = dtype_name(query)
+    who = f"kernel {kernels[0]} supports" if len(kernels) == 1 else "the CUDA kernels support"
     formats = [other for other in FORMATS if most_features(other, kernels)]
     if name not in formats:
-        who = f"kernel {kernels[0]} supports" if len(kernels) == 1 else "the CUDA kernels support"
         raise Unsupported(f"query has dtype {name}, but {who} {', '.join(formats)} [{function}]")
-    for option, claimed in CLAIMED.items():
-        if options[option] != claimed:
-            raise Unsupported(
-                f"{option} is {options[option]!r}, but the CUDA kernels support {claimed!r} "
-                f"[{function}]"
-            )
-    if query.ndim > 4:
-        raise Unsupported(
-            f"query has {query.ndim} axes, but the CUDA kernels support at most 4 [{function}]"
-        )
+    check_claimed(function, "the CUDA kernels", query, options, CLAIMED)
     if d > (most := most_features(name, kernels)):
-        who = f"kernel {kernels[0]} supports" if len(kernels) == 1 else "the CUDA kernels support"
         raise Unsupported(
             f"a head has {d} features, but {who} at most {most} in {name} [{function}]"
         )

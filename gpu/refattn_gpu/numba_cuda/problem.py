@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from refattn import rules
 from refattn.arrays import Array, array_namespace, dtype_name
-from refattn.backends import Unsupported
+from refattn.backends import Unsupported, check_claimed
 from refattn.options import AttentionOptions, check_arguments
 from refattn.tiles import default_scale
 from refattn_gpu.numba_cuda.records import Band, Operands, Terms
@@ -44,7 +44,12 @@ def problem_of(
     """
     options, sizes, offset = check_arguments(function, query, key, value, given)
     features = max(sizes["d_k"], sizes["d_v"])
-    _check_claimed(function, query, options, features)
+    check_claimed(function, "the Numba-CUDA kernels", query, options, CLAIMED)
+    if features > FEATURES[-1]:
+        raise Unsupported(
+            f"a head has {features} features, but the Numba-CUDA kernels support at most "
+            f"{FEATURES[-1]} [{function}]"
+        )
     xp = array_namespace(query)
     dtype = xp.float64 if dtype_name(query) == "float64" else xp.float32
     q, k, v = (four_axes(array, dtype, xp) for array in (query, key, value))
@@ -52,26 +57,6 @@ def problem_of(
     band = band_of(options, q.shape, k.shape, offset, xp)
     terms = _terms(options, sizes["d_k"], dtype, xp)
     return Problem(operands, band, terms, dtype, xp, options, features)
-
-
-def _check_claimed(function: str, query: Array, options: dict[str, Any], d: int) -> None:
-    """Refuse what the reference takes and these kernels do not."""
-    for name, claimed in CLAIMED.items():
-        if options[name] != claimed:
-            raise Unsupported(
-                f"{name} is {options[name]!r}, but the Numba-CUDA kernels support {claimed!r} "
-                f"[{function}]"
-            )
-    if query.ndim > 4:
-        raise Unsupported(
-            f"query has {query.ndim} axes, but the Numba-CUDA kernels support at most 4 "
-            f"[{function}]"
-        )
-    if d > FEATURES[-1]:
-        raise Unsupported(
-            f"a head has {d} features, but the Numba-CUDA kernels support at most {FEATURES[-1]} "
-            f"[{function}]"
-        )
 
 
 def four_axes(array: Array, dtype: Any, xp: Any) -> Array:
