@@ -104,32 +104,6 @@ class Unsupported(RefattnError):  # noqa: N818 - a state of the backend
     """An operation or a dtype that a backend does not claim."""
 
 
-def check_claimed(
-    function: str, kernels: str, query: Any, options: Options, claimed: Mapping[str, Any]
-) -> None:
-    """Refuse what the reference takes and some kernels do not.
-
-    Args:
-        function: as errors name it.
-        kernels: likewise, as "the CPU kernels".
-        query: Q, whose axes are counted.
-        options: every option of the call.
-        claimed: the one value that the kernels support of some options.
-
-    Raises:
-        Unsupported: an option, or the number of axes.
-    """
-    for name, value in claimed.items():
-        if options[name] != value:
-            raise Unsupported(
-                f"{name} is {options[name]!r}, but {kernels} support {value!r} [{function}]"
-            )
-    if query.ndim > 4:
-        raise Unsupported(
-            f"query has {query.ndim} axes, but {kernels} support at most 4 [{function}]"
-        )
-
-
 class Backend(NamedTuple):
     """One implementation: its name, its dtypes and how to run an operation."""
 

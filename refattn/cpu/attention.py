@@ -8,7 +8,7 @@ import numpy as np
 
 from refattn.arrays import dtype_name
 from refattn.attention import AttentionResult
-from refattn.backends import check_claimed
+from refattn.claims import check_claimed
 from refattn.cpu import decode, forward, pool, tiling
 from refattn.cpu.copying import STORAGES
 from refattn.cpu.empty import fill_rows

@@ -18,7 +18,7 @@ FLOORS = (
     {"errors"},
     {"arrays", "checks", "spec_text"},
     {"clause files"},
-    {"backends", "bounds", "cpu", "judge", "certify", "dialects"},
+    {"backends", "bounds", "claims", "cpu", "judge", "certify", "dialects"},
     {"vectors"},
     {"audit", "bench", "check", "coverage"},
     {"cli", "__main__"},

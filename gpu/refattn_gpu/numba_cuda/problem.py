@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from refattn import rules
 from refattn.arrays import Array, array_namespace, dtype_name
-from refattn.backends import Unsupported, check_claimed
+from refattn.backends import Unsupported
+from refattn.claims import check_claimed
 from refattn.options import AttentionOptions, check_arguments
 from refattn.tiles import default_scale
 from refattn_gpu.numba_cuda.records import Band, Operands, Terms
