@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cuda_cases import CASES, Fault, backward, complaints, differentiated
+from cuda_cases import Fault, backward, differentiated
+from cuda_faults import assert_found, first_complaint
 from optional import require_device
 from refattn_gpu.cuda import emulate, store
 from refattn_gpu.cuda.catalogue import SMALL
-from refattn_gpu.cuda.emulate import EmulationError
 
 VECTORS = (
     ("attention-everything-13x7-after-bias", "float16"),
@@ -153,29 +152,19 @@ KEY_OF_POISON = "if (again & 15)", "if (false)"
 """One more fault, in the kernel of dK and dV, and what stands in its place."""
 
 
-def first_complaint(texts: dict[str, str]) -> str:
+def complaint(texts: dict[str, str]) -> str:
     """Return what is said of the gradients with other sources, "" if nothing is."""
-    for name, dtype in VECTORS:
-        try:
-            outputs = backward(CASES[name], dtype, SMALL, texts=texts)
-        except EmulationError as error:
-            return str(error)
-        if found := complaints(CASES[name], outputs, dtype):
-            return found[0]
-    return ""
+    tries = [(name, dtype, SMALL) for name, dtype in VECTORS]
+    return first_complaint(backward, tries, texts)
 
 
 def test_the_sources_without_a_fault_pass_the_same_vectors() -> None:
-    assert first_complaint({}) == ""
+    assert complaint({}) == ""
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(name: str) -> None:
-    fault = FAULTS[name]
-    text = (store.SOURCES / fault.source).read_text("utf-8")
-    assert text.count(fault.line) == 1, text.count(fault.line)
-    said = first_complaint({fault.source: text.replace(fault.line, fault.instead)})
-    assert re.search(fault.found, said), said
+    assert_found(FAULTS[name], complaint)
 
 
 def test_a_key_that_is_not_made_again_is_found() -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cuda_cases import CASES, Fault, complaints, forward
+from cuda_cases import Fault, forward
+from cuda_faults import assert_found, first_complaint
 from optional import require_device
 from refattn_gpu.cuda import emulate, store
 from refattn_gpu.cuda.attention import emulated, result_of
 from refattn_gpu.cuda.catalogue import SMALL_FFMA, Tile
-from refattn_gpu.cuda.emulate import EmulationError
 from refattn_gpu.cuda.problem import problem_of
 
 WIDE = Tile(64, 64, 2, 1, False)
@@ -145,26 +145,17 @@ def flushed(texts: dict[str, str]) -> bool:
     return not result_of(found, query, value).output.any()
 
 
-def first_complaint(texts: dict[str, str]) -> str:
+def complaint(texts: dict[str, str]) -> str:
     """Return what is said of the kernel with other sources, "" if nothing is."""
-    for name, tile in TRIES:
-        try:
-            outputs = forward(CASES[name], "float32", tile, kernel="ffma", texts=texts)
-        except EmulationError as error:
-            return str(error)
-        if found := complaints(CASES[name], outputs, "float32"):
-            return found[0]
-    return "a weight was flushed" if flushed(texts) else ""
+    tries = [(name, "float32", tile) for name, tile in TRIES]
+    said = first_complaint(partial(forward, kernel="ffma"), tries, texts)
+    return said or ("a weight was flushed" if flushed(texts) else "")
 
 
 def test_the_sources_without_a_fault_pass_the_same_vectors() -> None:
-    assert first_complaint({}) == ""
+    assert complaint({}) == ""
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(name: str) -> None:
-    fault = FAULTS[name]
-    text = (store.SOURCES / fault.source).read_text("utf-8")
-    assert text.count(fault.line) == 1, text.count(fault.line)
-    said = first_complaint({fault.source: text.replace(fault.line, fault.instead)})
-    assert re.search(fault.found, said), said
+    assert_found(FAULTS[name], complaint)

@@ -6,16 +6,16 @@ what it found. The others give wrong numbers, which the bounds of the vectors re
 
 from __future__ import annotations
 
-import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from cuda_cases import CASES, Fault, complaints, forward
+from cuda_cases import Fault, forward
+from cuda_faults import assert_found, first_complaint
 from optional import require_device
 from refattn_gpu.cuda import emulate, store
 from refattn_gpu.cuda.catalogue import SMALL_HOPPER, Tile
-from refattn_gpu.cuda.emulate import EmulationError
 
 WIDE = Tile(128, 32, 8, 1, False)
 """A tile of two warp groups, and of two steps of keys."""
@@ -233,26 +233,16 @@ def _faulty_code_stays_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(store, "folder", lambda: tmp_path)
 
 
-def first_complaint(texts: dict[str, str]) -> str:
+def complaint(texts: dict[str, str]) -> str:
     """Return what is said of the kernel with other sources, "" if nothing is."""
-    for name, tile in TRIES:
-        try:
-            outputs = forward(CASES[name], "float16", tile, kernel="hopper", texts=texts)
-        except EmulationError as error:
-            return str(error)
-        if found := complaints(CASES[name], outputs, "float16"):
-            return found[0]
-    return ""
+    tries = [(name, "float16", tile) for name, tile in TRIES]
+    return first_complaint(partial(forward, kernel="hopper"), tries, texts)
 
 
 def test_the_sources_without_a_fault_pass_the_same_vectors() -> None:
-    assert first_complaint({}) == ""
+    assert complaint({}) == ""
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(name: str) -> None:
-    fault = FAULTS[name]
-    text = (store.SOURCES / fault.source).read_text("utf-8")
-    assert text.count(fault.line) == 1, text.count(fault.line)
-    said = first_complaint({fault.source: text.replace(fault.line, fault.instead)})
-    assert re.search(fault.found, said), said
+    assert_found(FAULTS[name], complaint)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from cuda_cases import CASES, Fault, complaints, forward
+from cuda_cases import Fault, forward
+from cuda_faults import assert_found, first_complaint
 from optional import require_device
 from refattn_gpu.cuda import emulate, store
 from refattn_gpu.cuda.catalogue import SMALL_SPLIT, Tile
-from refattn_gpu.cuda.emulate import EmulationError
 
 ALONE = Tile(16, 16, 1, 1, False, 32)
 """A tile of one warp, which meets two tiles of keys a split."""
@@ -93,26 +93,15 @@ def _faulty_code_stays_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(store, "folder", lambda: tmp_path)
 
 
-def first_complaint(texts: dict[str, str]) -> str:
+def complaint(texts: dict[str, str]) -> str:
     """Return what is said of the kernels with other sources, "" if nothing is."""
-    for name, dtype, tile in TRIES:
-        try:
-            outputs = forward(CASES[name], dtype, tile, kernel="split", texts=texts)
-        except EmulationError as error:
-            return str(error)
-        if found := complaints(CASES[name], outputs, dtype):
-            return found[0]
-    return ""
+    return first_complaint(partial(forward, kernel="split"), TRIES, texts)
 
 
 def test_the_sources_without_a_fault_pass_the_same_vectors() -> None:
-    assert first_complaint({}) == ""
+    assert complaint({}) == ""
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(name: str) -> None:
-    fault = FAULTS[name]
-    text = (store.SOURCES / fault.source).read_text("utf-8")
-    assert text.count(fault.line) == 1, text.count(fault.line)
-    said = first_complaint({fault.source: text.replace(fault.line, fault.instead)})
-    assert re.search(fault.found, said), said
+    assert_found(FAULTS[name], complaint)

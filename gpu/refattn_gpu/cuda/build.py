@@ -21,7 +21,7 @@ from refattn_gpu.ptx import Usage, usage_of
 REMEDY = 'pip install "cuda-bindings>=13" nvidia-cuda-nvrtc (or "refattn[cuda13]")'
 """What brings the compiler."""
 
-HEADERS = (
+SHARED_HEADERS = (
     "job.h",
     "cells.h",
     "again.h",
@@ -32,6 +32,11 @@ HEADERS = (
     "rows.h",
     "gradients.h",
     "products_hopper.h",
+)
+"""What a kernel includes, on a device and in the emulation alike."""
+
+HEADERS = (
+    *SHARED_HEADERS,
     "device/primitives.h",
     "device/chunks.h",
     "device/hopper.h",

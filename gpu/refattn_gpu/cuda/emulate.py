@@ -19,22 +19,13 @@ from typing import Any
 import numpy as np
 
 from refattn.errors import RefattnError
-from refattn_gpu.cuda.build import BuildError, sources_of
+from refattn_gpu.cuda.build import SHARED_HEADERS, BuildError, sources_of
 from refattn_gpu.cuda.catalogue import Variant
 from refattn_gpu.cuda.records import Job
 from refattn_gpu.cuda.store import digest_of, kept, place
 
 HEADERS = (
-    "job.h",
-    "cells.h",
-    "again.h",
-    "parts.h",
-    "tiles.h",
-    "products16.h",
-    "products32.h",
-    "rows.h",
-    "gradients.h",
-    "products_hopper.h",
+    *SHARED_HEADERS,
     "emulated/primitives.h",
     "emulated/chunks.h",
     "emulated/hopper.h",
